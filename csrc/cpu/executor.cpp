@@ -1,0 +1,120 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "validate.h"
+#include "worker.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t kSharedScratch = 256 << 10;  // floats, for the columns that ranks compute together
+
+// Decides when the callback is due and turns its refusal into an exception.
+class Reporter {
+ public:
+  Reporter(const Program& program, const Executor::Progress& progress) : program_(program), progress_(progress) {}
+
+  void step_done(int64_t steps) {
+    if (!progress_) return;
+    const auto now = std::chrono::steady_clock::now();
+    const bool row_done = program_.rows > 1 && steps % program_.row_len == 0;
+    if (!row_done && steps < program_.steps && now - last_ < std::chrono::milliseconds(50)) return;
+    if (!progress_(steps)) throw Cancelled("cancelled after " + std::to_string(steps) + " of " +
+                                           std::to_string(program_.steps) + " steps");
+    last_ = std::chrono::steady_clock::now();
+  }
+
+ private:
+  const Program& program_;
+  const Executor::Progress& progress_;
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+void check(const Program& p, const RunArgs& a) {
+  if (a.slots < 1 || a.slots > (1 << 20))
+    throw std::invalid_argument("slots is " + std::to_string(a.slots) + ", expected 1 to 2^20");
+  if (!(a.temperature > 0)) throw std::invalid_argument("temperature must be above 0");
+  if (!a.out) throw std::invalid_argument("out is null");
+  if (a.mask && !a.given) throw std::invalid_argument("mask without given values");
+  for (int32_t i = 0; i < num_conds(p); ++i)
+    if (!a.cond || !a.cond[i]) throw std::invalid_argument("cond " + std::to_string(i) + " is missing");
+}
+
+// Floats from one slot's arena to the next: an odd number of cache lines, so that the same place in neighbouring
+// slots, read side by side by a tile, does not fall into one cache set.
+int64_t slot_floats(int64_t arena) { return ((arena + 15) / 16 | 1) * 16; }
+
+std::vector<Place> find_places(const Program& p, const RunArgs& args, float* arena) {
+  std::vector<Place> places;
+  for (int32_t i = 0; i < p.nbuffers; ++i) {
+    const Buffer& b = p.buffers[i];
+    const int64_t size = static_cast<int64_t>(b.rows) * b.cols * b.channels;
+    if (b.kind == kCond)
+      places.push_back({const_cast<float*>(args.cond[b.offset]), size, b.channels, b.rows, b.cols});
+    else if (b.kind == kConst)
+      places.push_back({const_cast<float*>(p.consts + b.offset), 0, b.channels, b.rows, b.cols});
+    else
+      places.push_back({arena + b.offset, slot_floats(p.arena), b.channels, b.ring_rows, b.ring_cols});
+  }
+  return places;
+}
+
+void write_start(const Program& p, const RunArgs& args, const Place& input) {
+  if (p.head.start < 0) return;
+  for (int64_t slot = 0; slot < args.slots; ++slot)
+    std::memcpy(input.base + slot * input.slot, p.consts + p.head.start,
+                sizeof(float) * p.head.channels * p.head.enc);
+}
+
+void run_schedule(const Run& run, int rank, Reporter* reporter) {
+  const Program& p = run.tables.program();
+  Worker worker(run, rank);
+  int64_t period = 0;
+  int32_t phase = 0;  // step % period
+  for (int64_t step = 0; step < p.steps; ++step) {
+    if (phase % p.row_len == 0) {
+      const int32_t* row = p.row_ptr + phase / p.row_len;
+      worker.run_items(p.row_items + row[0], p.row_items + row[1], period);
+    }
+    worker.run_items(p.step_items + p.step_ptr[phase], p.step_items + p.step_ptr[phase + 1], period);
+    const bool whole = p.period >= p.steps;  // a repeating schedule is that of a sequence
+    worker.draw(step, whole ? p.step_site[phase] : static_cast<int32_t>(step / p.head.phases));
+    if (rank == 0) reporter->step_done(step + 1);
+    if (++phase == p.period) phase = 0, ++period;
+  }
+}
+
+}  // namespace
+
+Executor::Executor(const Program& program, int threads, const std::string& isa)
+    : kernels_(kernels_for(isa)), tables_(program, kernels_), pool_(threads) {}
+
+void Executor::run(const RunArgs& args, const Progress& progress) {
+  const Program& p = tables_.program();
+  check(p, args);
+  if (runner_.load() == std::this_thread::get_id())
+    throw std::logic_error("this executor is running already: a callback cannot start another run on it");
+  std::lock_guard<std::mutex> lock(turn_);
+  runner_.store(std::this_thread::get_id());
+  struct Leave {
+    std::atomic<std::thread::id>& runner;
+    ~Leave() { runner.store({}); }
+  } leave{runner_};
+
+  int64_t most_scratch = 0;
+  for (const Stage& s : tables_.stages()) most_scratch = std::max<int64_t>(most_scratch, s.op.scratch + kPanel);
+  const int64_t shared = std::max(most_scratch, kSharedScratch);
+  const Pages arena(sizeof(float) * args.slots * slot_floats(p.arena),
+                    "state for " + std::to_string(args.slots) + " samples side by side");
+  const Pages scratch(sizeof(float) * (shared + tables_.max_nchan), "scratch");
+  const std::vector<Place> places = find_places(p, args, arena.as<float>());
+  write_start(p, args, places[p.head.input]);
+  const Run run{tables_, kernels_, pool_, args, places, scratch.as<float>() + shared, scratch.as<float>(), shared};
+  Reporter reporter(p, progress);
+  pool_.run([&](int rank) { run_schedule(run, rank, &reporter); });
+}
+
+}  // namespace fastgen

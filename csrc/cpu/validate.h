@@ -1,0 +1,18 @@
+// Checks a program once, so that the executor may trust every index in it.
+#pragma once
+#include "../plan.h"
+
+namespace fastgen {
+
+// Throws std::invalid_argument naming the record ("micro 7 (of op 3): ...") when any index, offset or range leaves its
+// table, or when an op reads scratch that nothing has written.
+void validate(const Program& program);
+
+// How many micro-op operands (a, b, c) are channel vectors, for the functions from kNeg on; 0 for movement and for
+// numbers that are no function. Reductions count 1.
+int arity(int32_t fn);
+
+// Number of arrays RunArgs::cond must hold: one more than the largest index a Cond buffer names.
+int32_t num_conds(const Program& program);
+
+}  // namespace fastgen

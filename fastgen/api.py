@@ -1,0 +1,314 @@
+"""The face: compile a module to a Sampler, or sample in one line."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.backends.base import Cancelled, Executor, Request
+from fastgen.backends.cpu import CpuExecutor
+from fastgen.backends.naive import NaiveExecutor
+from fastgen.backends.reference import ReferenceExecutor
+from fastgen.errors import FastgenError, ModelChangedError, ShapeError, UnsupportedError, VerifyError
+from fastgen.fingerprint import check_finite, fingerprint
+from fastgen.heads import Head
+from fastgen.likelihood import bits_per_dim, log_prob
+from fastgen.plan.build import Plan, build_plan
+from fastgen.plan.harvest import Harvester
+from fastgen.rng import seed_of
+from fastgen.spec import Spec
+from fastgen.stream import stream
+from fastgen.verify import VerifyReport, verify
+
+BACKENDS = ("auto", "cpu", "reference", "naive")
+VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
+
+
+class Sampler:
+    """Samples of one module; made by :func:`compile`.
+
+    Attributes: plan (what runs per row and per site; print it), spec, receptive_field, backend.
+    """
+
+    def __init__(self, model: nn.Module, spec: Spec, cond: tuple[Any, ...], backend: str, dtype: torch.dtype, threads: int | None) -> None:
+        self.model, self.spec, self.example, self.dtype, self.backend = model, spec, cond, dtype, backend
+        self._threads = threads
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Plans again with the module's present weights."""
+        check_finite(self.model)
+        self.plan: Plan = build_plan(self.model, self.spec, self.example)
+        if self.plan.spec.vector and not self.spec.vector:
+            self.spec = self.plan.spec
+        harvester = Harvester(self.model, self.plan.spec, self.plan.graph)
+        self.executor: Executor
+        if self.backend == "naive":
+            self.executor = NaiveExecutor(self.model, self.spec)
+        elif self.backend == "reference":
+            self.executor = ReferenceExecutor(self.plan, harvester, weight_dtype=self.dtype)
+        else:
+            self.executor = CpuExecutor(self.plan, harvester, self.dtype, self._threads)
+        self._marks = fingerprint(self.model)
+
+    @property
+    def receptive_field(self) -> tuple[int, ...]:
+        """Extent of the inputs that one output sees: (rows, columns), or (length,) for sequences."""
+        return self.plan.receptive_field
+
+    def sample(
+        self, n: int, *, seed: int | torch.Generator = 0, cond: tuple[Any, ...] | None = None, temperature: float = 1.0,
+        given: Tensor | None = None, mask: Tensor | None = None, first: int = 0, length: int | None = None,
+        progress: bool = False, callback: Callable[[int, int], bool | None] | None = None,
+    ) -> Tensor:
+        """Draws n samples: float32 or int64 [n, *shape], ready for log_prob and `given=`.
+
+        seed: sample i of a seed depends on nothing else, neither on n nor on the batch. cond: forward's further inputs,
+        batch n (or 1, shared); default: the example of compile. temperature: > 0, divides logits and multiplies scales.
+        given, mask: values to keep where mask is true (in-painting, priming), shaped like the result. first: index of
+        the first sample, so that shards agree with the whole. length: sites of a sequence. callback(done, total) is
+        called as steps finish; returning False raises Cancelled. Raises ShapeError, ValueError, ModelChangedError.
+        """
+        request = self._request(n, seed, cond, temperature, given, mask, first, length)
+        spec = self._spec_at(length)
+        slots = self.executor.slots(request.length)
+        parts = []
+        with _Bar(progress, spec.steps * n) as bar:
+            for start in range(0, n, slots):
+                part = _rows(request, start, min(n, start + slots))
+                part.progress = bar.watch(start * spec.steps, part.slots, spec.steps * n, callback)
+                parts.append(self.executor.run(part)[0])
+        return spec.result(torch.cat(parts) if parts else torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels))
+
+    def stream(self, n: int, **options: Any) -> Iterator[Tensor]:
+        """Rows (images) or chunks (sequences) of all n samples as they are made; closing the iterator cancels.
+
+        Options are those of sample, except progress and callback. Yields [n, C, rows, W] or [n, C, k], index layouts
+        without their C. Joined along the row or time axis they are what sample returns.
+        """
+        length = options.get("length")
+        names = ("seed", "cond", "temperature", "given", "mask", "first", "length")
+        unknown = set(options) - set(names)
+        if unknown:
+            raise TypeError(f"stream: unknown option {sorted(unknown)[0]!r}; expected {', '.join(names)}")
+        defaults = {"seed": 0, "cond": None, "temperature": 1.0, "given": None, "mask": None, "first": 0, "length": None}
+        request = self._request(n, **{**defaults, **options})
+        return stream(self.executor, self._spec_at(length), request)
+
+    def log_prob(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
+        """Log-likelihood of samples x [n, *shape] in nats: [n] (densities where values are continuous)."""
+        spec, values = self._values(x)
+        return log_prob(self.model, spec, values, self._cond(cond, len(x)))
+
+    def bits_per_dim(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
+        """Negative log2-likelihood per value: [n]."""
+        return bits_per_dim(self.log_prob(x, cond), self._values(x)[0])
+
+    def verify(self, n: int = 2, seed: int = 0) -> VerifyReport:
+        """Samples n, runs forward once on the result, and compares every parameter and every draw."""
+        self._check_weights()
+        length = min(self.spec.sites[0], VERIFY_SITES) if self.spec.sequence and not _tensors(self.example) else None
+        if length is not None and not self.plan.layout.sequence:
+            length = None
+        request = self._request(n, seed, None, 1.0, None, None, 0, length)
+        request.want_params = True
+        return verify(self.model, self._spec_at(length), self.executor, request, self.dtype)
+
+    # ---- checks on entry -----------------------------------------------------------------------------------------
+    def _request(self, n: int, seed: Any, cond: Any, temperature: float, given: Any, mask: Any, first: int, length: int | None) -> Request:
+        self._check_weights()
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"n={n!r}: expected a number of samples >= 0")
+        if not isinstance(first, int) or first < 0:
+            raise ValueError(f"first={first!r}: expected a sample index >= 0")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature={temperature!r}: expected a finite number > 0")
+        spec = self._spec_at(length)
+        if (given is None) != (mask is None):
+            raise ValueError("given and mask go together: the values to keep, and where")
+        known = where = None
+        if given is not None:
+            known = spec.values(given.expand(n, *given.shape[1:]) if len(given) == 1 else given)
+            try:
+                where = spec.values(mask.to(given.device).expand(n, *given.shape[1:]).to(given.dtype)) != 0
+            except RuntimeError:
+                raise ShapeError(f"mask has shape {tuple(mask.shape)}; expected that of given, {tuple(given.shape)}") from None
+            if len(known) != n:
+                raise ShapeError(f"given holds {len(known)} samples; expected {n} (or 1, shared)")
+            if spec.head.indices and bool(((known < 0) | (known >= spec.head.n))[where].any()):
+                raise ValueError(f"given holds class indices outside 0 to {spec.head.n - 1}")
+        at = None if not self.plan.layout.sequence else spec.grid[1]
+        return Request(n, seed_of(seed), first, temperature, self._cond(cond, n), known, where, at)
+
+    def _spec_at(self, length: int | None) -> Spec:
+        if length is None or length == self.spec.sites[-1]:
+            return self.spec
+        if not self.spec.sequence:
+            raise ValueError(f"length={length}: only sequences have a length; samples are {self.spec.shape}")
+        if length < 1:
+            raise ValueError(f"length={length}: expected at least one site")
+        return self.spec.at_length(length)
+
+    def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
+        spec = self.spec
+        if spec.sequence and x.dim() > 1:
+            axis = spec.layout.index("T") + 1 if x.dim() == len(spec.layout) + 1 else -1
+            spec = self._spec_at(x.shape[axis])
+        return spec, spec.values(x)
+
+    def _cond(self, cond: tuple[Any, ...] | None, n: int) -> tuple[Any, ...]:
+        """Conditioning at batch n, checked against the example."""
+        example = self.example
+        cond = example if cond is None else tuple(cond) if isinstance(cond, tuple | list) else (cond,)
+        if len(cond) != len(example):
+            raise ShapeError(f"cond has {len(cond)} inputs; forward was compiled with {len(example)}")
+        out = []
+        for k, (c, e) in enumerate(zip(cond, example, strict=True)):
+            if not isinstance(e, Tensor):
+                if c is not e and c != e:
+                    raise ValueError(f"cond[{k}] is {c!r}; it was bound to {e!r} at compile time")
+                out.append(e)
+                continue
+            if not isinstance(c, Tensor) or c.dtype != e.dtype or c.dim() != e.dim():
+                given = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
+                raise ShapeError(f"cond[{k}] is {given}; expected {e.dtype} [{n}, {', '.join(map(str, e.shape[1:]))}]")
+            fixed = list(range(1, e.dim() - 1 if self.spec.sequence else e.dim()))
+            if e.dim() and (c.shape[0] not in (1, n) or any(c.shape[a] != e.shape[a] for a in fixed)):
+                raise ShapeError(f"cond[{k}] has shape {tuple(c.shape)}; expected [{n}, {', '.join(map(str, e.shape[1:]))}]")
+            out.append(c.expand(n, *c.shape[1:]) if e.dim() else c)
+        return tuple(out)
+
+    def _check_weights(self) -> None:
+        now = fingerprint(self.model)
+        for name, mark in now.items():
+            if name in self._marks and self._marks[name] != mark:
+                raise ModelChangedError(
+                    f"{name} changed after the sampler was compiled; call sampler.refresh() (or compile again)"
+                )
+
+
+def compile(
+    model: nn.Module, shape: tuple[int, ...] | None = None, head: Head | None = None, cond: tuple[Any, ...] | None = None, *,
+    layout: str | None = None, order: Tensor | None = None, predicts: str | None = None, start: float | None = None,
+    device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, backend: str = "auto",
+    threads: int | None = None, verify: bool = True,
+) -> Sampler:
+    """Derives an exact incremental sampler from model.forward(x, *cond) -> parameters of the next value at every site.
+
+    shape: one sample as forward takes it, without the batch: (C, H, W), (C, T), (T,); layout names the axes, by default
+    from the rank. head: how parameters become a value (fastgen.heads). cond: example conditioning, batch 1. order:
+    None for raster (channels in turn), or the step of every site. predicts: "same", or "next" when forward is fed the
+    sample delayed by one with `start` in front. dtype: of the weights, float32 or bfloat16. backend: auto, cpu,
+    reference (torch) or naive (the slow loop). A fastgen model knows shape, head and the rest itself.
+
+    Raises NotCausalError (the module reads the future; names layer and tap), UnsupportedError (names the operation),
+    ShapeError, VerifyError (stepping does not reproduce forward), all before a sampler exists.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    shape = shape if shape is not None else getattr(model, "sample_shape", None)
+    head = head if head is not None else getattr(model, "head", None)
+    if shape is None or not isinstance(head, Head):
+        raise TypeError(
+            f"{type(model).__name__} does not say what a sample is; pass shape= (one sample, without the batch) and "
+            "head= (fastgen.heads.LogisticMixture, Categorical, Bernoulli or GaussianMixture)"
+        )
+    if cond is None:
+        cond = model.example_cond() if hasattr(model, "example_cond") else ()
+    cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    if device is not None and torch.device(device).type != "cpu":
+        raise UnsupportedError(f"device={str(device)!r}: this build has executors for the CPU only")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16")
+    for k, c in enumerate(cond):
+        if isinstance(c, Tensor) and c.dim() and c.shape[0] != 1:
+            raise ShapeError(f"cond[{k}] has shape {tuple(c.shape)}; expected an example of batch 1")
+    spec = Spec(
+        tuple(shape), head, layout or getattr(model, "layout", None) or "", predicts or getattr(model, "predicts", "same"),
+        start if start is not None else getattr(model, "start", None), order,
+    )  # fmt: skip
+    sampler = Sampler(model, spec, cond, backend, dtype, threads)
+    if verify and backend != "naive":
+        report = sampler.verify()
+        if not report.ok:
+            raise VerifyError(f"stepping does not reproduce forward ({report}); does forward mix samples of a batch?")
+    return sampler
+
+
+_samplers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Sampler]] = weakref.WeakKeyDictionary()
+
+
+def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **options: Any) -> Tensor:
+    """n samples of a model in one line; compiles once and remembers.
+
+    Options of compile (shape, head, layout, predicts, start, dtype, backend, threads, verify) and of Sampler.sample.
+    Weights that changed since are planned again.
+    """
+    names = ("shape", "head", "layout", "order", "predicts", "start", "device", "dtype", "backend", "threads", "verify")
+    chosen = {k: options.pop(k) for k in names if k in options}
+    key = tuple((k, v if isinstance(v, str | int | float | tuple | Head | bool | torch.dtype | None) else id(v)) for k, v in chosen.items())
+    found = _samplers.setdefault(model, {}).get(key)
+    if found is None:
+        example = None
+        if cond is not None:
+            cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
+            example = tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
+        found = _samplers[model][key] = compile(model, cond=example, **chosen)
+    try:
+        return found.sample(n, cond=cond, **options)
+    except ModelChangedError:
+        found.refresh()
+        return found.sample(n, cond=cond, **options)
+
+
+def _tensors(cond: tuple[Any, ...]) -> bool:
+    return any(isinstance(c, Tensor) for c in cond)
+
+
+def _rows(r: Request, a: int, b: int) -> Request:
+    """Samples a to b of a request."""
+    cond = tuple(c[a:b] if isinstance(c, Tensor) and c.dim() else c for c in r.cond)
+    given, mask = (None if t is None else t[a:b] for t in (r.given, r.mask))
+    return Request(b - a, r.seed, r.first + a, r.temperature, cond, given, mask, r.length, r.want_params)
+
+
+class _Bar:
+    """tqdm, if wanted, and the caller's callback."""
+
+    def __init__(self, wanted: bool, total: int) -> None:
+        self.bar: Any = None
+        if wanted:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, unit="step", unit_scale=True)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            if error[0] is None:
+                self.bar.update(self.bar.total - self.bar.n)
+            self.bar.close()
+
+    def watch(self, before: int, slots: int, total: int, callback: Callable[[int, int], bool | None] | None) -> Callable[[int], bool | None] | None:
+        """A progress function for a run of `slots` samples."""
+        if self.bar is None and callback is None:
+            return None
+
+        def progress(steps: int) -> bool | None:
+            done = before + steps * slots
+            if self.bar is not None:
+                self.bar.update(done - self.bar.n)
+            return None if callback is None else callback(done, total)
+
+        return progress
+
+
+__all__ = ["Cancelled", "FastgenError", "Sampler", "compile", "sample"]

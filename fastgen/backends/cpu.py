@@ -1,0 +1,75 @@
+"""The C++ executor: the whole loop native, over a fixed pool of threads, SIMD chosen at run time."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.backends.base import Cancelled, Executor, Request
+from fastgen.errors import FastgenError
+from fastgen.plan.build import Plan
+from fastgen.plan.harvest import Harvester
+
+ARENA_LIMIT = 1 << 29  # bytes of activations in flight
+MOST_SLOTS = 64
+
+
+def native() -> Any:
+    """The extension module, or a FastgenError that says how to build it."""
+    try:
+        from fastgen import _native
+    except ImportError as error:
+        raise FastgenError(f"the C++ extension is not built ({error}); run `pip install -e .` or `make`") from error
+    return _native
+
+
+class CpuExecutor(Executor):
+    """float32 or bfloat16 weights, float32 arithmetic. Threads: None takes the CPUs this process may use."""
+
+    name = "cpu"
+
+    def __init__(
+        self, plan: Plan, harvester: Harvester, dtype: torch.dtype = torch.float32,
+        threads: int | None = None, isa: str = "auto",
+    ) -> None:
+        self.plan, self.harvester, self.dtype, self.isa = plan, harvester, dtype, isa
+        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (threads or os.cpu_count() or 1)
+        self._native = native()
+        self._engines: dict[int | None, Any] = {}
+        self.engine(None)
+
+    def engine(self, length: int | None) -> Any:
+        """The native executor for a sequence length."""
+        if length not in self._engines:
+            if len(self._engines) >= 2:
+                self._engines.pop(next(iter(self._engines)))
+            tables = self.plan.program(length, self.dtype).tables()
+            tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
+            self._engines[length] = self._native.CpuExecutor(tables, self.threads, self.isa)
+        return self._engines[length]
+
+    def slots(self, length: int | None) -> int:
+        """As many samples at once as keep the activations in flight within bounds."""
+        arena = 4 * self.plan.program(length, self.dtype).arena
+        return max(1, min(MOST_SLOTS, ARENA_LIMIT // arena))
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """See Executor; releases the GIL."""
+        engine = self.engine(request.length)
+        program = self.plan.program(request.length, self.dtype)
+        cond = [c.contiguous().numpy() for c in self.harvester.sources(program, request)]
+        out = None if request.out is None else request.out.numpy()
+        try:
+            values, params = engine.run(
+                request.slots, request.seed, request.first, request.temperature, cond,
+                None if request.given is None else request.given.contiguous().numpy(),
+                None if request.mask is None else request.mask.to(torch.uint8).contiguous().numpy(),
+                request.want_params, request.progress, out,
+            )  # fmt: skip
+        except self._native.Cancelled as error:
+            raise Cancelled from error
+        return torch.from_numpy(values), None if params is None else torch.from_numpy(params)

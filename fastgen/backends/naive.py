@@ -1,0 +1,52 @@
+"""The oracle: one whole forward per step, as a person samples without fastgen."""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import rng
+from fastgen.backends.base import Cancelled, Executor, Request
+from fastgen.plan.capture import eval_mode, first_tensor
+from fastgen.spec import Spec
+
+
+class NaiveExecutor(Executor):
+    """Reruns forward for every draw and keeps one value of its output."""
+
+    name = "naive"
+
+    def __init__(self, model: nn.Module, spec: Spec) -> None:
+        self.model, self.spec = model, spec
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """See Executor."""
+        spec = self.spec if request.length is None else self.spec.at_length(request.length)
+        with eval_mode(self.model):
+            return self._loop(spec, request)
+
+    def _loop(self, spec: Spec, r: Request) -> tuple[Tensor, Tensor | None]:
+        head = spec.head
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        out = torch.zeros(r.slots, spec.grid[0] * spec.grid[1], spec.channels) if r.out is None else r.out.zero_()
+        params = torch.zeros(r.slots, spec.steps, head.num_params(spec.channels)) if r.want_params else None
+        samples = torch.arange(r.slots) + r.first
+        sites = spec.step_site().tolist()
+        table = spec.step_table().reshape(spec.phases, -1)
+        for t, site in enumerate(sites):
+            if r.progress is not None and r.progress(t) is False:
+                raise Cancelled
+            f = int((table[:, site] == t).nonzero()[0])
+            theta = spec.parameters(first_tensor(self.model(spec.encode(out).to(device), *r.cond)))
+            theta = theta.reshape(r.slots, -1, spec.phases, theta.shape[-1])[:, site, f].float().cpu()
+            if params is not None:
+                params[:, t] = theta
+            which = slice(0, spec.channels) if head.at_once else slice(f, f + 1)
+            u = rng.uniforms(r.seed, samples, t, head.num_uniforms(spec.channels))
+            value = head.draw(theta, u, r.temperature, r.known(site, which))
+            out[:, site, which] = value
+        return out, params
+
+
+

@@ -1,0 +1,233 @@
+"""The reference executor: interprets a packed program in torch, op by op. It is the specification of csrc/plan.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import rng
+from fastgen.backends.base import Cancelled, Executor, Request
+from fastgen.plan import table as T
+from fastgen.plan.build import Plan
+from fastgen.plan.harvest import Harvester
+
+UNARY = {
+    "copy": lambda a: a, "neg": torch.neg, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid, "relu": torch.relu, "abs": torch.abs, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
+    "sin": torch.sin, "cos": torch.cos, "reciprocal": torch.reciprocal, "log1p": torch.log1p, "expm1": torch.expm1,
+    "erf": torch.erf, "sign": torch.sign, "floor": torch.floor, "ceil": torch.ceil, "round": torch.round,
+    "trunc": torch.trunc, "not": lambda a: (a == 0).float(), "silu": F.silu, "gelu": F.gelu,
+    "gelutanh": lambda a: F.gelu(a, approximate="tanh"),
+}  # fmt: skip
+WITH_IMM = {
+    "elu": lambda a, p, q, r: torch.where(a > 0, q * a, q * p * torch.expm1(torch.clamp(a, max=0) * r)),
+    "leakyrelu": lambda a, p, q, r: F.leaky_relu(a, p),
+    "softplus": lambda a, p, q, r: F.softplus(a, p, q),
+    "clamp": lambda a, p, q, r: torch.clamp(a, p, q),
+    "affine": lambda a, p, q, r: a * p + q,
+    "powscalar": lambda a, p, q, r: a**p,
+    "scalarpow": lambda a, p, q, r: p**a,
+}
+BINARY = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
+    "minimum": torch.minimum, "pow": torch.pow, "eq": torch.eq, "ne": torch.ne, "gt": torch.gt, "ge": torch.ge,
+    "lt": torch.lt, "le": torch.le, "and": lambda a, b: (a != 0) & (b != 0), "or": lambda a, b: (a != 0) | (b != 0),
+    "remainder": torch.remainder,
+}  # fmt: skip
+REDUCE = {"sum": lambda a: a.sum(-1), "max": lambda a: a.amax(-1), "min": lambda a: a.amin(-1)}
+
+
+class Machine:
+    """One run of a program: buffers [slots, ring_rows, ring_cols, C], poisoned with NaN."""
+
+    def __init__(self, program: T.Program, slots: int, cond: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self.p, self.slots, self.device, self.dtype = program, slots, device, dtype
+        self.consts = torch.from_numpy(program.consts).to(device, dtype)
+        if program.weights.dtype == np.uint16:
+            blob = torch.from_numpy(program.weights.view(np.int16)).view(torch.bfloat16)
+        else:
+            blob = torch.from_numpy(program.weights)
+        self.weights = blob.to(device, dtype)
+        self.buffers: list[Tensor] = []
+        for b in program.buffers:
+            shape = (slots, int(b["ring_rows"]), int(b["ring_cols"]), int(b["channels"]))
+            if b["kind"] == T.COND:
+                self.buffers.append(cond[int(b["offset"])].to(device, dtype).view(shape))
+            elif b["kind"] == T.CONST:
+                start, n = int(b["offset"]), shape[1] * shape[2] * shape[3]
+                self.buffers.append(self.consts[start : start + n].view(1, *shape[1:]).expand(shape))
+            else:
+                self.buffers.append(torch.full(shape, float("nan"), device=device, dtype=dtype))
+        head = program.head
+        if head["start"] >= 0:
+            width = int(head["channels"] * head["enc"])
+            start = int(head["start"])
+            self.buffers[int(head["input"])][:, 0, 0, :width] = self.consts[start : start + width]
+
+    def read(self, tap: Any, qi: Tensor, qj: Tensor, fill: float = 0.0) -> Tensor:
+        """[slots, sites, nchan] of one tap at iteration sites (qi, qj)."""
+        b = self.p.buffers[int(tap["buf"])]
+        si = torch.div(qi * int(tap["mul_i"]) + int(tap["off_i"]), int(tap["div_i"]), rounding_mode="floor")
+        sj = torch.div(qj * int(tap["mul_j"]) + int(tap["off_j"]), int(tap["div_j"]), rounding_mode="floor")
+        ok = (si >= int(tap["lo_i"])) & (si < int(tap["hi_i"])) & (sj >= int(tap["lo_j"])) & (sj < int(tap["hi_j"]))
+        chan = slice(int(tap["chan"]), int(tap["chan"]) + int(tap["nchan"]))
+        value = self.buffers[int(tap["buf"])][:, si % int(b["ring_rows"]), sj % int(b["ring_cols"]), chan]
+        return torch.where(ok[None, :, None], value, torch.full((), fill, device=self.device, dtype=self.dtype))
+
+    def op(self, op: Any, qi: Tensor, qj: Tensor) -> None:
+        """Runs one op at iteration sites."""
+        di, dj = qi * int(op["up_i"]) + int(op["par_i"]), qj * int(op["up_j"]) + int(op["par_j"])
+        scratch = torch.full((self.slots, len(qi), int(op["scratch"])), float("nan"), device=self.device, dtype=self.dtype)
+        acc = int(op["acc"])
+        if acc:
+            scratch[..., :acc] = self._linear(op, qi, qj, di, dj)
+        for m in self.p.code[int(op["code0"]) : int(op["code0"]) + int(op["ncode"])]:
+            self._micro(m, scratch, qi, qj, di, dj)
+
+    def _linear(self, op: Any, qi: Tensor, qj: Tensor, di: Tensor, dj: Tensor) -> Tensor:
+        acc, k = int(op["acc"]), int(op["k"])
+        total = torch.zeros(self.slots, len(qi), acc, device=self.device, dtype=self.dtype)
+        if op["bias"] >= 0:
+            total = total + self.consts[int(op["bias"]) : int(op["bias"]) + acc]
+        for buf in (int(op["site_bias"]), int(op["partial"])):
+            if buf >= 0:
+                b = self.p.buffers[buf]
+                total = total + self.buffers[buf][:, di % int(b["ring_rows"]), dj % int(b["ring_cols"])]
+        if not k:
+            return total
+        panels = -(-acc // T.PANEL)
+        w = self.weights[int(op["weights"]) : int(op["weights"]) + panels * k * T.PANEL].view(panels, k, T.PANEL)
+        dense = w.transpose(0, 1).reshape(k, panels * T.PANEL)[:, :acc]
+        taps = self.p.taps[int(op["tap0"]) : int(op["tap0"]) + int(op["ntaps"])]
+        return total + torch.cat([self.read(t, qi, qj) for t in taps], -1) @ dense
+
+    def _micro(self, m: Any, scratch: Tensor, qi: Tensor, qj: Tensor, di: Tensor, dj: Tensor) -> None:
+        fn, n, dst = T.FN_NAME[int(m["fn"])], int(m["n"]), int(m["dst"])
+        imm = (float(m["imm0"]), float(m["imm1"]), float(m["imm2"]))
+
+        def at(x: Any, count: int) -> Tensor:
+            x = int(x)
+            return scratch[..., x : x + count] if x >= 0 else self.consts[~x : ~x + count].expand(*scratch.shape[:2], count)
+
+        if fn == "load":
+            scratch[..., dst : dst + n] = self.read(self.p.taps[int(m["a"])], qi, qj, imm[0])
+        elif fn == "store":
+            b = self.p.buffers[int(m["b"])]
+            chan = slice(int(m["c"]), int(m["c"]) + n)
+            self.buffers[int(m["b"])][:, di % int(b["ring_rows"]), dj % int(b["ring_cols"]), chan] = at(m["a"], n)
+        elif fn == "embed":
+            row = at(m["a"], 1)[..., 0].nan_to_num(0).long().clamp(0, int(imm[0]) - 1)
+            table = self.consts[int(m["b"]) : int(m["b"]) + int(imm[0]) * n].view(-1, n)
+            scratch[..., dst : dst + n] = table[row]
+        elif fn == "gather":
+            index = self.consts[int(m["b"]) : int(m["b"]) + n].long()
+            scratch[..., dst : dst + n] = scratch[..., int(m["a"]) + index]
+        elif fn == "fill":
+            scratch[..., dst : dst + n] = imm[0]
+        elif fn == "broadcast":
+            scratch[..., dst : dst + n] = at(m["a"], 1).expand(*scratch.shape[:2], n)
+        elif fn in REDUCE:
+            scratch[..., dst] = REDUCE[fn](at(m["a"], n))
+        else:
+            scratch[..., dst : dst + n] = self._pointwise(fn, m, at, n, imm).to(self.dtype)
+
+    @staticmethod
+    def _pointwise(fn: str, m: Any, at: Any, n: int, imm: tuple[float, float, float]) -> Tensor:
+        a = at(m["a"], n)
+        if fn in UNARY:
+            return UNARY[fn](a)
+        if fn in WITH_IMM:
+            return WITH_IMM[fn](a, *imm)
+        b = at(m["b"], n)
+        if fn in BINARY:
+            return BINARY[fn](a, b)
+        c = at(m["c"], n)
+        result: Tensor = torch.where(a != 0, b, c) if fn == "where" else a * b + c
+        return result
+
+    def items(self, items: Any, periods: int) -> None:
+        """Runs schedule items, shifted by whole periods."""
+        for item in items:
+            op = self.p.ops[int(item["op"])]
+            q = int(item["q0"]) + torch.arange(int(item["count"])) * int(item["qstep"]) + int(op["advance"]) * periods
+            q = q[(q >= 0) & (q < int(op["q_rows"]) * int(op["q_cols"]))]
+            if len(q):
+                qi, qj = q // int(op["q_cols"]), q % int(op["q_cols"])
+                self.op(op, qi.to(self.device), qj.to(self.device))
+
+
+class ReferenceExecutor(Executor):
+    """Any torch device; float64 where asked for."""
+
+    name = "reference"
+
+    def __init__(
+        self, plan: Plan, harvester: Harvester, device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.plan, self.harvester, self.dtype, self.weight_dtype = plan, harvester, dtype, weight_dtype
+        self.device = device or torch.device("cpu")
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """See Executor."""
+        p = self.plan.program(request.length, self.weight_dtype)
+        cond = self.harvester.sources(p, request)
+        with torch.no_grad():
+            machine = Machine(p, request.slots, cond, self.device, self.dtype)
+            return self._loop(p, machine, request)
+
+    def _loop(self, p: T.Program, m: Machine, r: Request) -> tuple[Tensor, Tensor | None]:
+        head, spec = self.plan.spec.head, self.plan.spec
+        channels, phases = spec.channels, spec.phases
+        out = torch.zeros(r.slots, p.rows * p.cols, channels) if r.out is None else r.out.zero_()
+        params = torch.zeros(r.slots, p.steps, int(p.head["params"])) if r.want_params else None
+        samples = torch.arange(r.slots) + r.first
+        for t in range(p.steps):
+            slot, periods = t % p.period, t // p.period
+            if t % p.row_len == 0:
+                row = slot // p.row_len
+                m.items(p.row_items[p.row_ptr[row] : p.row_ptr[row + 1]], periods)
+                if r.progress is not None and r.progress(t) is False:
+                    raise Cancelled
+            m.items(p.step_items[p.step_ptr[slot] : p.step_ptr[slot + 1]], periods)
+            site = int(p.step_site[slot]) + (periods * (p.period // phases) if spec.sequence else 0)
+            theta = self._params(m, t, site)
+            if params is not None:
+                params[:, t] = theta.cpu().float()
+            u = rng.uniforms(r.seed, samples, t, head.num_uniforms(channels))
+            which = slice(0, channels) if head.at_once else slice(t % phases, t % phases + 1)
+            value = head.draw(theta.cpu(), u, r.temperature, r.known(site, which))
+            out[:, site, which] = value
+            self._write(m, site, which, value)
+        return out, params
+
+    def _params(self, m: Machine, t: int, site: int) -> Tensor:
+        p = m.p
+        f = t % int(p.head["phases"]) if self.plan.spec.order is None else self._phase[t]
+        qi, qj = torch.tensor([site // p.cols], device=m.device), torch.tensor([site % p.cols], device=m.device)
+        first, last = (int(p.head["tap0"]) + int(p.head["tap_ptr"][k]) for k in (f, f + 1))
+        return torch.cat([m.read(tap, qi, qj)[:, 0] for tap in p.taps[first:last]], -1)
+
+    @property
+    def _phase(self) -> list[int]:
+        table = self.plan.spec.step_table()
+        phase = torch.arange(table.shape[0]).view(-1, 1, 1).expand(table.shape).reshape(-1)
+        return [int(f) for f in phase[torch.argsort(table.reshape(-1))]]
+
+    def _write(self, m: Machine, site: int, which: slice, value: Tensor) -> None:
+        """Writes the encoded value to the input buffer."""
+        p, spec = m.p, self.plan.spec
+        target = site + int(p.head["delay"])
+        if target >= p.rows * p.cols:
+            return
+        buf = int(p.head["input"])
+        b = p.buffers[buf]
+        i, j = target // p.cols, target % p.cols
+        enc = spec.head.enc
+        chan = slice(which.start * enc, which.stop * enc)
+        code = spec.head.encode(value).to(m.device, m.dtype)
+        m.buffers[buf][:, i % int(b["ring_rows"]), j % int(b["ring_cols"]), chan] = code

@@ -1,0 +1,81 @@
+"""Fusion: pointwise units join the linear unit whose result they read, so one instruction is one pass over a site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastgen.plan.ir import Ref
+from fastgen.plan.passes import Unit
+
+
+@dataclass(eq=False)
+class Instr:
+    """One instruction: an optional linear unit and the pointwise units that follow it at the same sites and time."""
+
+    index: int
+    lead: Unit  # gives sites and times
+    host: Unit | None  # the linear unit
+    maps: list[Unit] = field(default_factory=list)
+    stored: list[Unit] = field(default_factory=list)
+
+    @property
+    def cls(self) -> str:
+        """row or site."""
+        return self.lead.cls
+
+
+def fuse(units: list[Unit], params: list[list[tuple[int, int]]]) -> list[Instr]:
+    """Instructions in running order; sets what each must store for others."""
+    home: dict[int, Instr] = {}
+    instrs: list[Instr] = []
+    for unit in units:
+        if unit.kind in ("input", "cond"):
+            continue
+        host = None if unit.kind == "taps" else _host(unit, home, instrs)
+        if host is None:
+            host = Instr(len(instrs), unit, unit if unit.kind == "taps" else None)
+            instrs.append(host)
+        if unit.kind != "taps":
+            host.maps.append(unit)
+        home[unit.id] = host
+    needed = {uid for chans in params for uid, _ in chans}
+    for unit in units:
+        for ref in unit.refs():
+            if ref.node in home and (home[ref.node] is not home[unit.id] or not ref.at.identity):
+                needed.add(ref.node)
+        if unit.partial is not None:
+            needed.add(unit.partial)
+    for instr in instrs:
+        members = ([instr.host] if instr.host else []) + instr.maps
+        instr.stored = [u for u in members if u.id in needed]
+        for u in members:  # a fused unit runs wherever its leader does
+            u.grid, u.live, u.when = instr.lead.grid, instr.lead.live, instr.lead.when
+    return instrs
+
+
+def _host(unit: Unit, home: dict[int, Instr], instrs: list[Instr]) -> Instr | None:
+    """The instruction of the latest operand, if the unit can run there: same sites, same time, same site read."""
+    reads: list[Ref] = [r for r in unit.refs() if r.node in home]
+    if not reads:
+        return None
+    last = max((home[r.node] for r in reads), key=lambda h: h.index)
+    inside = [r for r in reads if home[r.node] is last]
+    if any(not r.at.identity for r in inside):
+        return None
+    lead = last.lead
+    h, w = min(unit.grid[0], lead.grid[0]), min(unit.grid[1], lead.grid[1])
+    live = unit.live[:h, :w]
+    if int(live.sum()) != int(unit.live.sum()) or not bool(lead.live[:h, :w][live].all()):
+        return None
+    if not bool((unit.when[:h, :w] == lead.when[:h, :w])[live].all()):
+        return None
+    if any(r.at.lo != (0, 0) or r.at.hi[0] < h or r.at.hi[1] < w for r in inside):
+        if any(not _covers(r, unit) for r in inside):
+            return None
+    return last
+
+
+def _covers(ref: Ref, unit: Unit) -> bool:
+    """Whether the bounds of a same-site read admit every live site of the reader."""
+    i, j = unit.live.nonzero().unbind(1)
+    return bool(ref.at.inside(i, j).all())

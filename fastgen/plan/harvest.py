@@ -1,0 +1,153 @@
+"""Conditioning at call time: run forward again and take the values that depend on conditioning alone.
+
+The plan names the places ("the k-th add of layer Y, argument 1"); a light dispatch mode finds them again, skips the heavy
+work on sampled values, whose results are not looked at, and stops at the last one. Batched, one row per sample.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastgen.backends.base import Request
+from fastgen.errors import ShapeError, UnsupportedError
+from fastgen.plan.capture import METADATA_OPS, ModulePath, eval_mode
+from fastgen.plan.ir import CondNode, Graph
+from fastgen.plan.table import Program
+from fastgen.spec import Spec
+
+HEAVY = frozenset(["convolution", "mm", "addmm", "bmm", "baddbmm"])
+Point = tuple[str, str, int, int]
+
+
+class _Done(Exception):
+    """Everything has been harvested."""
+
+
+class _Harvest(TorchDispatchMode):
+    """Follows which storages hold sampled values and collects the arguments at the points."""
+
+    def __init__(self, path: ModulePath, points: list[Point], x: Tensor) -> None:
+        super().__init__()
+        self.path, self.calls = path, Counter[tuple[str, str]]()
+        self.wanted: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+        for k, (where, name, count, position) in enumerate(points):
+            self.wanted.setdefault((where, name, count), []).append((k, position))
+        self.missing = len(points)
+        self.found: dict[int, Tensor] = {}
+        self.sampled = {x.untyped_storage()._cdata}
+        self.keep = [x]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        key = (self.path.current, name)
+        for k, position in self.wanted.get((*key, self.calls[key]), []):
+            self.found[k] = tensors[position].detach().clone()
+            self.missing -= 1
+        self.calls[key] += 1
+        if self.missing == 0:
+            raise _Done
+        sampled = any(t.untyped_storage()._cdata in self.sampled for t in tensors)
+        if sampled and name in HEAVY:
+            shapes = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+            out: Any = torch.empty(shapes.shape, dtype=shapes.dtype)
+        else:
+            out = func(*args, **kwargs)
+        if sampled and name not in METADATA_OPS:
+            for t in [*tree_leaves(out), *(args[:1] if func._schema.is_mutable else ())]:
+                if isinstance(t, Tensor):
+                    self.sampled.add(t.untyped_storage()._cdata)
+                    self.keep.append(t)
+        return out
+
+
+def _meta(a: Any) -> Any:
+    return a.to("meta") if isinstance(a, Tensor) else a
+
+
+class Harvester:
+    """Fills the Cond buffers of a program for one call."""
+
+    def __init__(self, model: nn.Module, spec: Spec, graph: Graph) -> None:
+        self.model, self.spec, self.graph = model, spec, graph
+
+    def sources(self, program: Program, request: Request) -> list[Tensor]:
+        """One tensor [slots, rows, cols, C] float32 per Cond buffer."""
+        if not program.cond:
+            return []
+        spec = self.spec if request.length is None else self.spec.at_length(request.length)
+        found = self._forward(spec, request.cond, request.slots)
+        out = []
+        for index in program.cond:
+            node = self.graph.nodes[index]
+            assert isinstance(node, CondNode)
+            value = self._take(node, found[node.point], request.slots, spec)
+            if value is None:  # the batch axis is not in front: one forward per sample
+                parts = []
+                for k in range(request.slots):
+                    one = tuple(c[k : k + 1] if isinstance(c, Tensor) else c for c in request.cond)
+                    part = self._take(node, self._forward(spec, one, 1)[node.point], 1, spec)
+                    assert part is not None
+                    parts.append(part)
+                value = torch.cat(parts)
+            out.append(value.to(torch.float32).permute(0, 2, 3, 1).contiguous())
+        return out
+
+    def _forward(self, spec: Spec, cond: tuple[Any, ...], batch: int) -> dict[int, Tensor]:
+        x = spec.encode(torch.zeros(batch, spec.grid[0] * spec.grid[1], spec.channels))
+        path = ModulePath(self.model)
+        mode = _Harvest(path, self.graph.points, x)
+        with eval_mode(self.model), path.watching(), torch.backends.mkldnn.flags(enabled=False), mode:
+            try:
+                self.model(x, *cond)
+            except _Done:
+                return mode.found
+        lost = [p for k, p in enumerate(self.graph.points) if k not in mode.found][0]
+        raise UnsupportedError(
+            f"forward took another path than at compile time: layer {lost[0]} no longer calls aten.{lost[1]} "
+            f"{lost[2] + 1} times"
+        )
+
+    def _take(self, node: CondNode, value: Tensor, batch: int, spec: Spec) -> Tensor | None:
+        """The node's values [batch, C, H, W] out of the tensor it was found in."""
+        shape = node.tensor_shape
+        if value.dim() != len(shape):
+            raise UnsupportedError(f"layer {node.path}: conditioning has {value.dim()} axes, at compile time {len(shape)}")
+        index = list(torch.unravel_index(node.gather, shape)) if shape else []
+        cols = node.grid[1]
+        if spec.sequence and cols > 1:
+            cols = cols + spec.grid[1] - self.spec.grid[1] if spec.grid[1] != self.spec.grid[1] else cols
+            index = [_stretch(k, cols, node.path) for k in index]
+        if not shape or (batch > 1 and value.shape[0] == shape[0] != batch):
+            picked = value[tuple(index)] if index else value.reshape(1, 1, 1)
+            return picked.expand(batch, *picked.shape)
+        if shape[0] != 1 or value.shape[0] != batch:
+            if batch == 1:
+                return value[tuple(index)][None]
+            return None
+        for k, size in zip(index[1:], value.shape[1:], strict=True):
+            if int(k.max()) >= size:
+                raise ShapeError(
+                    f"layer {node.path}: conditioning has shape {tuple(value.shape)}, too short for {spec.grid[1]} sites"
+                )
+        return value[(slice(None), *index[1:])]
+
+
+def _stretch(index: Tensor, cols: int, path: str) -> Tensor:
+    """An index [C, 1, W] that is constant or advances by one per site, at another number of sites."""
+    width = index.shape[2]
+    if cols == width:
+        return index
+    slope = index[:, :, -1:] - index[:, :, -2:-1]
+    base = index[:, :, -1:] - slope * (width - 1)
+    rule = base + slope * torch.arange(width)
+    if not bool((rule == index).all()) or bool((slope * (slope - 1) != 0).any()):
+        raise UnsupportedError(f"layer {path}: conditioning is not laid out along the sequence; compile at this length")
+    return base + slope * torch.arange(cols)

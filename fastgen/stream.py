@@ -1,0 +1,59 @@
+"""Streaming: rows or chunks of samples while they are being made."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastgen.backends.base import Cancelled, Executor, Request
+from fastgen.spec import Spec
+
+
+def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]:
+    """Yields what is new of request's samples; the run goes on in a thread that ends with the iterator."""
+    news: queue.Queue[int | BaseException] = queue.Queue()
+    stop = threading.Event()
+    request.out = torch.zeros(request.slots, spec.grid[0] * spec.grid[1], spec.channels)
+
+    def progress(steps: int) -> bool:
+        news.put(steps)
+        return not stop.is_set()
+
+    def work() -> None:
+        try:
+            executor.run(request)
+            news.put(spec.steps)
+        except Cancelled:
+            pass
+        except BaseException as error:
+            news.put(error)
+
+    request.progress = progress
+    worker = threading.Thread(target=work, name="fastgen-stream")
+    worker.start()
+    try:
+        unit = spec.grid[1] if not spec.sequence else 1
+        done = 0
+        while done < spec.grid[0] * spec.grid[1]:
+            item = news.get()
+            if isinstance(item, BaseException):
+                raise item
+            sites = item // spec.phases // unit * unit
+            if sites > done:
+                yield _chunk(spec, request.out, done, sites)
+                done = sites
+    finally:
+        stop.set()
+        worker.join()
+
+
+def _chunk(spec: Spec, out: Tensor, a: int, b: int) -> Tensor:
+    part = out[:, a:b].clone()
+    if spec.sequence:
+        return spec.at_length(b - a).result(part)
+    axes = {"C": spec.shape[spec.layout.index("C")] if "C" in spec.layout else 1, "H": (b - a) // spec.grid[1], "W": spec.grid[1]}
+    return Spec(tuple(axes[k] for k in spec.layout), spec.head, spec.layout).result(part)

@@ -1,0 +1,63 @@
+"""Builds fastgen._native by calling CMake; everything else about the package is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++")
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+def find_tool(name: str) -> str:
+    """`name` on the PATH or beside this Python: a virtual environment need not be activated."""
+    path = shutil.which(name, path=PATH)
+    if path is None:
+        raise SystemExit(f"fastgen: building needs {name}, which was not found; `pip install {name}` provides it")
+    return path
+
+
+def check_compiler() -> None:
+    wanted = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else COMPILERS
+    if not any(map(shutil.which, wanted)):
+        raise SystemExit(
+            f"fastgen: building needs a C++20 compiler, g++ >= 11 or clang++ >= 14, and found none of "
+            f"{', '.join(wanted)}. On Debian and Ubuntu: apt-get install g++; on macOS: "
+            "xcode-select --install; or set CXX to the compiler's path."
+        )
+
+
+class CMakeBuild(build_ext):
+    """Builds the target `_native`; the build folder stays, so that a rebuild compiles what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        check_compiler()
+        import pybind11
+
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build)  # the checkout was moved or copied; CMake refuses such a folder
+        cmake = find_tool("cmake")
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DPYBIND11_FINDPYTHON=ON",
+        ]
+        for command in (configure, [cmake, "--build", str(build), "--target", "_native"]):
+            if subprocess.run(command, check=False).returncode:
+                raise SystemExit(f"fastgen: building the extension failed at: {' '.join(command)}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / target.name, target)
+
+
+setup(ext_modules=[Extension("fastgen._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
