@@ -19,7 +19,7 @@ def find_tool(name: str) -> str:
     """`name` on the PATH or beside this Python: a virtual environment need not be activated."""
     path = shutil.which(name, path=PATH)
     if path is None:
-        raise SystemExit(f"fastgen: building needs {name}, which was not found; `pip install {name}` provides it")
+        raise SystemExit(f"fastgen: building needs {name}, and it was not found; try pip install {name}")
     return path
 
 

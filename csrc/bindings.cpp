@@ -271,7 +271,7 @@ PYBIND11_MODULE(_native, m) {
                        par_j, q_rows, q_cols, advance);
   PYBIND11_NUMPY_DTYPE(Item, op, q0, count, qstep);
   PYBIND11_NUMPY_DTYPE(Head, kind, channels, phases, n, levels, params, tap0, tap_ptr, input, enc, table, delay, start,
-                       floor_log_scale);
+                       floor_log_scale, clip_lo, clip_hi);
   py::register_exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   m.def("isas", &supported_isas, "Instruction sets this machine runs, slowest first.");
   m.def("cpu_isa", [] { return supported_isas().back(); }, "The best of isas().");

@@ -148,7 +148,8 @@ FG_HD inline void draw_logistic_mixture(const Head& h, const float* params, cons
 FG_HD inline float draw_gaussian_mixture(const Head& h, const float* params, const float* u, double temperature) {
   const bool alone = h.params == 2 * h.n;
   const float* own = alone ? params : params + h.n + pick(params, h.n, u[0], temperature);
-  return static_cast<float>(own[0] + scale_of(own[h.n], h.floor_log_scale, temperature) * ndtri(u[1]));
+  const float x = static_cast<float>(own[0] + scale_of(own[h.n], h.floor_log_scale, temperature) * ndtri(u[1]));
+  return x < h.clip_lo ? h.clip_lo : x > h.clip_hi ? h.clip_hi : x;
 }
 
 // Draws the value of one step: h.channels values for LogisticMixture, else one. params: h.params of them; u:

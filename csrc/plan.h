@@ -119,6 +119,7 @@ struct Head {
   int32_t delay;         // 0: step's site is the input's site; 1: the next one (predicts="next")
   int32_t start;         // offset in consts of [channels*enc] at input site 0 before the first step; -1: zeros
   float floor_log_scale; // LogisticMixture, GaussianMixture: lower bound of log-scales
+  float clip_lo, clip_hi; // GaussianMixture: drawn values are clipped to this range
 };
 
 struct Program {

@@ -200,10 +200,11 @@ class Spec:
     def native_head(self) -> dict[str, Any]:
         """The Head record's fields (csrc/plan.h)."""
         head = self.head
+        low, high = head.clip or (-math.inf, math.inf)
         params = head.num_params(1 if self.vector else self.channels)
         return {
             "kind": head.kind, "channels": self.channels, "phases": self.phases, "n": head.n, "levels": head.grid_levels,
             "params": params, "enc": head.enc, "delay": int(self.predicts == "next"),
-            "floor_log_scale": head.floor, "table": head.table,
+            "floor_log_scale": head.floor, "clip_lo": low, "clip_hi": high, "table": head.table,
             "start": self.start_vector() if self.predicts == "next" else None,
         }  # fmt: skip

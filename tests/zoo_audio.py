@@ -271,7 +271,7 @@ CASES = [
         predicts="next",
         start=0.0,
     ),
-    Case("wavenet-batch-folded", batch_folded, (1, 50), GaussianMixture(2), predicts="next"),
+    Case("wavenet-batch-folded", batch_folded, (1, 50), GaussianMixture(2, value_range=(-1.0, 1.0)), predicts="next"),
     Case(
         "wavenet-repeated-frames",
         lambda: randomise(RepeatedFrames(12, 8, 6), 44, 1.2),

@@ -74,7 +74,7 @@ void run_schedule(const Run& run, int rank, Reporter* reporter) {
   Worker worker(run, rank);
   int64_t period = 0;
   int32_t phase = 0;  // step % period
-  for (int64_t step = 0; step < p.steps; ++step) {
+  for (int64_t step = 0; step < p.steps && !run.pool.aborted(); ++step) {
     if (phase % p.row_len == 0) {
       const int32_t* row = p.row_ptr + phase / p.row_len;
       worker.run_items(p.row_items + row[0], p.row_items + row[1], period);
@@ -90,13 +90,20 @@ void run_schedule(const Run& run, int rank, Reporter* reporter) {
 }  // namespace
 
 Executor::Executor(const Program& program, int threads, const std::string& isa)
-    : kernels_(kernels_for(isa)), tables_(program, kernels_), pool_(threads) {}
+    : kernels_(kernels_for(isa)), tables_(program, kernels_), pool_(new Pool(threads)) {}
+
+Executor::~Executor() {
+  if (pool_->forked()) (void)pool_.release();
+}
 
 void Executor::run(const RunArgs& args, const Progress& progress) {
   const Program& p = tables_.program();
   check(p, args);
   if (runner_.load() == std::this_thread::get_id())
     throw std::logic_error("this executor is running already: a callback cannot start another run on it");
+  if (pool_->forked())
+    throw std::logic_error("this executor belongs to the parent process: its threads do not survive a fork; compile "
+                           "again in the child");
   std::lock_guard<std::mutex> lock(turn_);
   runner_.store(std::this_thread::get_id());
   struct Leave {
@@ -112,9 +119,9 @@ void Executor::run(const RunArgs& args, const Progress& progress) {
   const Pages scratch(sizeof(float) * (shared + tables_.max_nchan), "scratch");
   const std::vector<Place> places = find_places(p, args, arena.as<float>());
   write_start(p, args, places[p.head.input]);
-  const Run run{tables_, kernels_, pool_, args, places, scratch.as<float>() + shared, scratch.as<float>(), shared};
+  const Run run{tables_, kernels_, *pool_, args, places, scratch.as<float>() + shared, scratch.as<float>(), shared};
   Reporter reporter(p, progress);
-  pool_.run([&](int rank) { run_schedule(run, rank, &reporter); });
+  pool_->run([&](int rank) { run_schedule(run, rank, &reporter); });
 }
 
 }  // namespace fastgen

@@ -25,43 +25,38 @@ void relax() {
 
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads), process_(getpid()), team_(new std::vector<std::thread>) {
+Pool::Pool(int threads) : threads_(threads), process_(getpid()) {
   if (threads < 1 || threads > 1024)
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to 1024");
   // With more threads than cores the one we wait for may need ours.
   spins_ = static_cast<unsigned>(threads) <= std::thread::hardware_concurrency() ? 2000 : 20;
   try {
-    for (int rank = 1; rank < threads; ++rank) team_->emplace_back([this, rank] { work(rank); });
+    for (int rank = 1; rank < threads; ++rank) team_.emplace_back([this, rank] { work(rank); });
   } catch (const std::system_error& e) {
-    const size_t started = team_->size();
+    const size_t started = team_.size();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       closing_ = true;
     }
     wake_.notify_all();
-    for (std::thread& t : *team_) t.join();
+    for (std::thread& t : team_) t.join();
     throw std::runtime_error("could start only " + std::to_string(started + 1) + " of " + std::to_string(threads) +
                              " threads: " + e.what());
   }
 }
 
 Pool::~Pool() {
-  if (getpid() != process_) {  // after a fork the threads are not here to be joined
-    (void)team_.release();
-    return;
-  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;
   }
   wake_.notify_all();
-  for (std::thread& t : *team_) t.join();
+  for (std::thread& t : team_) t.join();
 }
 
+bool Pool::forked() const { return threads_ > 1 && getpid() != process_; }
+
 void Pool::run(const std::function<void(int)>& body) {
-  if (threads_ > 1 && getpid() != process_)
-    throw std::runtime_error("this executor belongs to the parent process: its threads do not survive a fork; "
-                             "compile again in the child");
   arrived_.store(0);
   aborted_.store(false);
   error_ = nullptr;
@@ -110,7 +105,7 @@ void Pool::work(int rank) {
 void Pool::wait_past(uint32_t generation) {
   constexpr int kYields = 2000;  // about a millisecond; then a callback or a debugger holds us up, and we sleep
   for (int i = 0; generation_.load(std::memory_order_acquire) == generation; ++i) {
-    if (aborted_.load(std::memory_order_relaxed)) throw Aborted{};
+    if (aborted()) throw Aborted{};
     if (i < spins_) {
       relax();
     } else if (i < spins_ + kYields) {

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -23,6 +22,12 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return threads_; }
+
+  // Whether a rank has failed in this run. A rank that meets no barrier for long should ask now and then.
+  bool aborted() const { return aborted_.load(std::memory_order_relaxed); }
+
+  // Whether this is a forked child's copy. Its threads stayed behind: it can neither run nor be destroyed.
+  bool forked() const;
 
   // Calls body(rank) on every rank and returns when all are back. If one throws, the others leave at their next
   // barrier, and what it threw is thrown here. Not reentrant.
@@ -59,7 +64,7 @@ class Pool {
   int busy_ = 0;
   bool closing_ = false;
   std::exception_ptr error_;
-  std::unique_ptr<std::vector<std::thread>> team_;
+  std::vector<std::thread> team_;
 };
 
 }  // namespace fastgen

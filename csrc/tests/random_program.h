@@ -46,7 +46,7 @@ class RandomProgram : public Tables {
     h.n = h.kind == kBernoulli ? 1 : between(2, 7);
     h.params = h.kind == kCategorical ? h.n : h.kind == kBernoulli ? 1 : h.kind == kGaussianMixture ? 3 * h.n : 10 * h.n;
     h.levels = h.kind == kLogisticMixture ? 256 : 0;
-    h.floor_log_scale = -3;
+    h.floor_log_scale = -3, h.clip_lo = -2, h.clip_hi = 2;
     const bool table = h.kind == kCategorical && chance(2);
     h.enc = table ? between(1, 4) : 1;
     h.table = table ? constants(int64_t{h.n} * h.enc, reals()) : -1;

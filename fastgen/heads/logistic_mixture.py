@@ -193,8 +193,9 @@ def _log_bin(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int) -> Ten
     log_width = math.log(2 * half_bin) - log_scales
     narrow = log_width < -7.0
     width = log_width.clamp(-7.0, 5.0).exp()  # above, 1 - exp(-w) is 1
-    few = log_width.clamp(max=-7.0)  # 1 - exp(-w) = w (1 - w / 2 + ...)
-    log_inside = torch.where(narrow, few - 0.5 * few.exp(), torch.log(-torch.expm1(-width)))
+    few = log_width.clamp(max=-7.0)
+    series = few - few.exp() / 2 + (2 * few).exp() / 24  # log(1 - exp(-w)) = log w - w / 2 + w^2 / 24 - ...
+    log_inside = torch.where(narrow, series, torch.log(-torch.expm1(-width)))
     is_lowest, is_highest = x < -1 + half_bin, x > 1 - half_bin
     inner = below_upper + above_lower + log_inside
     return torch.where(is_lowest, below_upper, torch.where(is_highest, above_lower, inner))

@@ -277,7 +277,7 @@ class _Packer:
     def _head(self, head: dict[str, Any]) -> Any:
         lay = self.layout
         record = np.zeros((), T.HEAD)
-        for key in ("kind", "channels", "phases", "n", "levels", "params", "enc", "delay", "floor_log_scale"):
+        for key in ("kind", "channels", "phases", "n", "levels", "params", "enc", "delay", "floor_log_scale", "clip_lo", "clip_hi"):
             record[key] = head[key]
         record["input"] = 0
         record["table"] = -1 if head["table"] is None else self.consts.add(head["table"].float().numpy())

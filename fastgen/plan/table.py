@@ -30,7 +30,8 @@ OP = _struct(
 ITEM = _struct(*_ints("op q0 count qstep"))
 HEAD = np.dtype(
     [*_ints("kind channels phases n levels params tap0"), ("tap_ptr", "i4", (65,)),
-     *_ints("input enc table delay start"), ("floor_log_scale", "f4")],
+     *_ints("input enc table delay start"), ("floor_log_scale", "f4"),
+     ("clip_lo", "f4"), ("clip_hi", "f4")],
     align=True,
 )  # fmt: skip
 
