@@ -16,7 +16,8 @@ CXXSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -nam
 BUILT  := $(wildcard fastgen/_native*.so)
 say     = @printf 'fastgen: %s\n' "$(1)"
 
-.PHONY: sample test sanitize-address sanitize-thread lint format sanitize bench train clean distclean build FORCE
+.PHONY: build sample test lint lint-ruff lint-mypy lint-clang-format format sanitize sanitize-address \
+  sanitize-thread bench train clean distclean FORCE
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.built
@@ -26,7 +27,7 @@ $(VENV)/.made:
 	$(call say,making the environment $(VENV))
 	@$(PYTHON) -m venv $(VENV)
 	$(call say,installing $(TORCH) (the largest download; a few minutes on a slow line))
-	@$(PIP) install "$(TORCH)" "setuptools>=77" "cmake>=3.18" ninja "pybind11>=2.13"
+	@$(PIP) install "$(TORCH)" "setuptools>=77" "cmake>=3.26" ninja "pybind11>=2.13"
 	@touch $@
 
 # A second run compiles only what changed: setup.py keeps its build folder.
@@ -47,12 +48,15 @@ test: build
 	$(call say,testing)
 	@$(PY) -m pytest -q $(ARGS)
 
-lint: $(VENV)/.dev
+lint: lint-ruff lint-mypy lint-clang-format
+lint-ruff: $(VENV)/.dev
 	$(call say,ruff)
-	@$(PY) -m ruff check -q .
+	@$(PY) -m ruff check -q --output-format concise .
 	@$(PY) -m ruff format -q --check .
+lint-mypy: $(VENV)/.dev
 	$(call say,mypy --strict)
 	@$(PY) -m mypy --strict fastgen
+lint-clang-format: $(VENV)/.dev
 	$(call say,clang-format)
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXXSRC)
 

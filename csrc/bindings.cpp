@@ -185,7 +185,7 @@ py::tuple run(Executor& executor, int32_t slots, uint64_t seed, uint64_t first, 
     result = py::reinterpret_borrow<py::array_t<float>>(out);
   }
   args.out = result.mutable_data();
-  std::memset(args.out, 0, sizeof(float) * result.size());
+  if (p.steps < shape[1] * p.head.phases) std::memset(args.out, 0, sizeof(float) * result.size());
   py::object params = py::none();
   if (want_params) {
     py::array_t<float> array(std::vector<py::ssize_t>{slots, p.steps, p.head.params});

@@ -22,7 +22,7 @@ from fastgen.plan.harvest import Harvester
 from fastgen.rng import seed_of
 from fastgen.spec import Spec
 from fastgen.stream import stream
-from fastgen.verify import VerifyReport, verify
+from fastgen.verify import VerifyReport, diagnose, verify
 
 BACKENDS = ("auto", "cpu", "reference", "naive")
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
@@ -237,7 +237,8 @@ def compile(
     if verify and backend != "naive":
         report = sampler.verify()
         if not report.ok:
-            raise VerifyError(f"stepping does not reproduce forward ({report}); does forward mix samples of a batch?")
+            why = diagnose(model, sampler.spec, Request(2, 0, cond=cond))
+            raise VerifyError(f"stepping does not reproduce forward ({report}): {why}")
     return sampler
 
 

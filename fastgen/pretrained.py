@@ -33,8 +33,9 @@ def shipped() -> list[str]:
 def save_pretrained(model: ReferenceModel, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write model.config and the weights, stored as `dtype`, to the directory `path`.
 
-    A checkpoint there is replaced. The directory appears complete or not at all. Raises OutputError if it cannot be written or holds
-    something other than a checkpoint; CheckpointError if a weight is not finite (in `dtype`).
+    A checkpoint there is replaced. The directory appears complete or not at all. Raises OutputError if it
+    cannot be written or holds something other than a checkpoint; CheckpointError if a weight is not finite
+    (in `dtype`).
     """
     path = Path(path)
     tensors = {}

@@ -197,6 +197,14 @@ class Spec:
         per_value = known.expand(self.channels, *self.grid) if known.shape[0] == 1 else known
         return per_value.repeat_interleave(self.head.enc, 0)
 
+    def example_values(self, n: int) -> Tensor:
+        """Some values [n, H*W, C], different for every sample."""
+        mixed = (torch.arange(n * self.grid[0] * self.grid[1] * self.channels) * 7919) % 8191
+        values = mixed.view(n, -1, self.channels)
+        if self.head.table is not None or self.head.indices or self.head.discrete:
+            return (values % self.head.n).float()
+        return values / 4095.0 - 1.0
+
     def native_head(self) -> dict[str, Any]:
         """The Head record's fields (csrc/plan.h)."""
         head = self.head

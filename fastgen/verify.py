@@ -87,3 +87,18 @@ def verify(model: nn.Module, spec: Spec, executor: Executor, request: Request, d
     return VerifyReport(
         ok, error, scale, TOLERANCE[dtype], differ.numel(), differ.numel() - wrong, ties, request.slots
     )  # fmt: skip
+
+
+def diagnose(model: nn.Module, spec: Spec, request: Request) -> str:
+    """Why verification may have failed: forward is random, or mixes the samples of a batch."""
+    n = 2
+    values = spec.example_values(n)
+    cond = tuple(c[:1].expand(n, *c.shape[1:]) if isinstance(c, Tensor) and c.dim() else c for c in request.cond)
+    first, again = (forward_parameters(model, spec, values, cond) for _ in range(2))
+    if not torch.equal(first, again):
+        return "forward gives different results on the same input: it is random even in eval mode (dropout?)"
+    one = tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
+    alone = forward_parameters(model, spec, values[:1], one)
+    if float((first[:1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
+        return "forward mixes the samples of a batch: a sample's parameters change with what else is in it"
+    return "the plan does not reproduce this module; please report it"

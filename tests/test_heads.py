@@ -31,6 +31,7 @@ HEADS: list[tuple[Head, int]] = [
     (Bernoulli(), 1),
     (GaussianMixture(1), 1),
     (GaussianMixture(3), 1),
+    (GaussianMixture(2, value_range=(-0.75, 1.5)), 1),
 ]
 each_head = pytest.mark.parametrize(("head", "channels"), HEADS, ids=lambda x: str(x).split(", params")[0])
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
@@ -117,6 +118,13 @@ def test_grid_probabilities_sum_to_one(seed: int, spread: float, case: tuple[int
     params = random_params(head, channels, 1, seed, spread).double()
     total = head.log_prob(params, grid(levels, channels)).exp().sum().item()
     assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_grid_probabilities_sum_to_one_at_every_scale() -> None:
+    log_scales = torch.linspace(-12, 15, 400, dtype=torch.float64)[:, None]
+    params = torch.cat([torch.zeros_like(log_scales), 0.3 + torch.zeros_like(log_scales), log_scales], 1)
+    total = LogisticMixture(1).log_prob(params[:, None], grid(256, 1)).exp().sum(1)
+    torch.testing.assert_close(total, torch.ones(400, dtype=torch.float64), rtol=0, atol=1e-11)
 
 
 @SETTINGS
@@ -432,7 +440,8 @@ def record(native: ModuleType, head: Head, channels: int) -> Any:
     phases = 1 if head.at_once else channels
     fields = dict(kind=head.kind, channels=channels, phases=phases, n=head.n, levels=head.grid_levels)
     fields |= dict(params=head.num_params(channels), enc=head.enc, table=-1, floor_log_scale=head.floor)
-    for key, value in fields.items():
+    low, high = head.clip or (-math.inf, math.inf)
+    for key, value in (fields | dict(clip_lo=low, clip_hi=high)).items():
         h[key] = value
     return h
 
@@ -522,6 +531,24 @@ def test_near_tie_measures_the_distance_to_the_boundary() -> None:
     assert grid_head.near_tie(logistic, moved, half, one)
     assert not grid_head.near_tie(logistic, torch.tensor([0.0, 0.4995, -3.0]), half, one)
     assert not grid_head.near_tie(logistic, moved, half, low)
+
+
+@pytest.mark.parametrize(
+    ("head", "channels"),
+    [(GaussianMixture(2), 1), (LogisticMixture(2, None), 1), (LogisticMixture(2), 3)],
+    ids=["gaussian", "audio", "rgb"],
+)
+def test_a_draw_from_the_wrong_component_is_not_a_near_tie(head: Head, channels: int) -> None:
+    params, u = random_params(head, channels, 200, 16), noise(head, channels, 200)
+    first, second = params.clone(), params.clone()
+    first[:, 0] += 50
+    second[:, 1] += 50
+    value = head.draw(second, u)
+    assert head.near_tie(second, second, u, value).all()
+    differ = (value - head.draw(first, u)).abs().amax(-1) > 0.01
+    assert differ.sum() > 100
+    assert not head.near_tie(first, first + 1e-5, u, value)[differ].any()
+    assert head.near_tie(first, second, u, value).all()  # logits that wrong explain it
 
 
 def test_near_tie_of_nan_is_false() -> None:

@@ -1,4 +1,4 @@
-"""Reference models: sizes, causality, receptive fields, conditioning, and trained weights of the PyTorch port."""
+"""Reference models: sizes, causality, receptive fields, conditioning, and weights of the PyTorch port."""
 
 import json
 from typing import Any
@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastgen
 from fastgen.errors import CheckpointError, ShapeError
-from fastgen.models import CONFIGS, GatedPixelCNN, PixelCNNpp, ReferenceModel, WaveNet, build, convert_pclucas14
+from fastgen.models import (
+    CONFIGS,
+    GatedPixelCNN,
+    PixelCNNpp,
+    ReferenceModel,
+    WaveNet,
+    build,
+    convert_pclucas14,
+)
 
 PARAMETERS = {  # in millions, as published or counted by hand from the papers' layer sizes
     "pixelcnnpp-cifar": 53.66,
@@ -23,16 +32,20 @@ PARAMETERS = {  # in millions, as published or counted by hand from the papers' 
 
 def tiny(name: str, **changes: Any) -> ReferenceModel:
     """A small model with weights spread enough that every path matters, in eval mode."""
+    pixels = dict(model="pixelcnnpp", nr_resnet=1, nr_filters=6, nr_mix=2)
+    indices = dict(model="gated-pixelcnn", levels=5, dim=6, layers=4, first_kernel=5, hidden=8)
+    audio = dict(model="wavenet", layers=6, stacks=2, residual=6, gate=8, skip=6, length=64)
     options: dict[str, dict[str, Any]] = {
-        "pixelcnnpp": dict(model="pixelcnnpp", nr_resnet=1, nr_filters=6, nr_mix=2, shape=[3, 8, 8]),
-        "pixelcnnpp-labelled": dict(model="pixelcnnpp", nr_resnet=1, nr_filters=6, nr_mix=2, shape=[1, 8, 8], classes=3),
-        "gated": dict(model="gated-pixelcnn", levels=5, dim=6, layers=4, classes=3, cond_channels=2, shape=[9, 9],
-                      first_kernel=5, hidden=8),
-        "wavenet-mol": dict(model="wavenet", layers=6, stacks=2, residual=6, gate=8, skip=6, mixtures=2,
-                            local_channels=3, upsample_scales=[2, 4], global_channels=4, speakers=3, length=64),
-        "wavenet-softmax": dict(model="wavenet", layers=6, stacks=2, residual=6, gate=8, skip=6, kernel_size=2,
-                                input_kernel=2, output="softmax", classes=7, scaled=False, length=64),
-    }  # fmt: skip
+        "pixelcnnpp": dict(pixels, shape=[3, 8, 8]),
+        "pixelcnnpp-labelled": dict(pixels, shape=[1, 8, 8], classes=3),
+        "gated": dict(indices, classes=3, cond_channels=2, shape=[9, 9]),
+        "wavenet-mol": dict(
+            audio, mixtures=2, local_channels=3, upsample_scales=[2, 4], global_channels=4, speakers=3
+        ),
+        "wavenet-softmax": dict(
+            audio, kernel_size=2, input_kernel=2, output="softmax", classes=7, scaled=False
+        ),
+    }
     torch.manual_seed(1)
     model = build(options[name] | changes)
     with torch.no_grad():
@@ -50,7 +63,11 @@ def example(model: ReferenceModel, batch: int = 2) -> tuple[Tensor, tuple[Tensor
     if model.layout == "HW":
         x = torch.randint(0, model.head.n, shape)
     elif model.head.discrete:
-        x = F.one_hot(torch.randint(0, model.head.n, (batch, shape[-1])), model.head.n).transpose(1, 2).float()
+        x = (
+            F.one_hot(torch.randint(0, model.head.n, (batch, shape[-1])), model.head.n)
+            .transpose(1, 2)
+            .float()
+        )
     else:
         x = torch.rand(shape) * 2.0 - 1.0
     cond = model.example_cond(batch)
@@ -71,7 +88,9 @@ def test_config_makes_the_same_model_again(name: str) -> None:
         again = build(json.loads(json.dumps(model.config)))
     assert again.config == model.config
     assert again.sample_shape == model.sample_shape
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,7 +124,7 @@ def test_causal_and_without_blind_spot(name: str) -> None:
 
 
 def _seen(model: ReferenceModel, x: Tensor, cond: tuple[Tensor, ...], site: int) -> Tensor:
-    """Which sites (raster order) the parameters at a site depend on: bool [sites], by changing one at a time."""
+    """Which sites (raster order) the parameters at a site depend on, by changing one at a time: bool."""
     sites = x[0].numel() if model.layout == "HW" else x[0, 0].numel()
     flat = x.reshape(-1) if model.layout == "HW" else x.reshape(x.shape[1], -1)
     batch = flat.expand(sites, *flat.shape).clone()
@@ -115,7 +134,8 @@ def _seen(model: ReferenceModel, x: Tensor, cond: tuple[Tensor, ...], site: int)
     with torch.no_grad():
         reference = model.double()(*_doubles(x, cond)).flatten(2)[0, :, site]
         outputs = model(*_doubles(batch.reshape(sites, *x.shape[1:]), many)).flatten(2)[:, :, site]
-    return (outputs != reference).any(dim=1)
+    different: Tensor = (outputs != reference).any(dim=1)
+    return different
 
 
 def _doubles(x: Tensor, cond: tuple[Tensor, ...]) -> list[Tensor]:
@@ -123,12 +143,20 @@ def _doubles(x: Tensor, cond: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _check_window(seen: Tensor, site: int, width: int = 9, reach: int = 2 + 3) -> None:
-    """Gated PixelCNN of kernel 5 then three of 3: five columns to either side of all rows up to five above."""
+    """Gated PixelCNN of kernel 5 then three of 3: five columns to either side, five rows above."""
     row, col = divmod(site, width)
     for other in range(site):
         r, c = divmod(other, width)
         near = row - r <= reach and abs(col - c) <= reach
         assert bool(seen[other]) == near, f"site {(row, col)} and {(r, c)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stepping_equals_forward(name: str) -> None:
+    model = tiny(name)
+    _, cond = example(model, 1)
+    report = fastgen.compile(model, cond=cond, verify=False).verify()
+    assert report.ok, report
 
 
 @pytest.mark.parametrize("name", ["pixelcnnpp-labelled", "gated", "wavenet-mol"])
@@ -192,9 +220,9 @@ def test_masks_are_applied_without_touching_weights() -> None:
     assert first.weight.grad[:, :, -1].abs().max() == 0  # type: ignore[union-attr,index]
 
 
-# ---- trained weights of pclucas14/pixel-cnn-pp -----------------------------------------------------------------
-# Its layers as facts: names of parameters, and what is computed with them, restated here as one function of the
-# state_dict, so that the mapping is checked against something other than our module.
+# ---- trained weights of pclucas14/pixel-cnn-pp ----
+# Its layers as facts: names of parameters, and what is computed with them, restated here as one function of
+# the state_dict, so that the mapping is checked against something other than our module.
 
 
 def port_state(resnets: int, dim: int, mixtures: int, colours: int) -> dict[str, Tensor]:
@@ -293,12 +321,17 @@ def test_weights_of_the_pytorch_port_load(colours: int, spelling: str) -> None:
     if spelling == "module":
         given = {f"module.{k}": v for k, v in state.items()}
     elif spelling == "parametrized":
-        new = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+        new = {
+            "weight_g": "parametrizations.weight.original0",
+            "weight_v": "parametrizations.weight.original1",
+        }
         for old, name in new.items():
             given = {k.replace(old, name): v for k, v in given.items()}
     elif spelling == "fused":
         stems = [k.removesuffix(".bias") for k in state if k.endswith(".bias")]
-        given = {f"{s}.bias": state[f"{s}.bias"] for s in stems} | {f"{s}.weight": port.weight(s)[0] for s in stems}
+        given = {f"{s}.bias": state[f"{s}.bias"] for s in stems} | {
+            f"{s}.weight": port.weight(s)[0] for s in stems
+        }
     model = PixelCNNpp(2, 6, 3, (colours, 8, 12)).eval()
     model.load_state_dict(convert_pclucas14(given))
     x = torch.rand(2, colours, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1

@@ -51,7 +51,9 @@ def test_round_trip_is_exact(model: ReferenceModel, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_storage_loads_as_float32(model: ReferenceModel, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_storage_loads_as_float32(
+    model: ReferenceModel, tmp_path: Path, dtype: torch.dtype
+) -> None:
     save_pretrained(model, tmp_path / "half", dtype)
     again = from_pretrained(tmp_path / "half")
     for (name, given), expected in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
@@ -103,8 +105,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: change(p, lambda t: t.update({"head_out.bias": torch.zeros(4, dtype=torch.int32)})),
         r"head_out\.bias has dtype I32, expected one of",
     ),
-    "nan": (lambda p: change(p, lambda t: t["embed.weight"][1].fill_(torch.nan)), r"embed\.weight has 4 values"),
-    "infinite": (lambda p: change(p, lambda t: t["head_in.bias"][0].fill_(torch.inf)), r"head_in\.bias has 1 values"),
+    "nan": (
+        lambda p: change(p, lambda t: t["embed.weight"][1].fill_(torch.nan)),
+        r"embed\.weight has 4 values",
+    ),
+    "infinite": (
+        lambda p: change(p, lambda t: t["head_in.bias"][0].fill_(torch.inf)),
+        r"head_in\.bias has 1 values",
+    ),
     "overlapping": (
         lambda p: rewrite(p, lambda d: relabel(d, '"data_offsets":[0,', '"data_offsets":[4,')),
         r"model\.safetensors: ",
@@ -135,7 +143,9 @@ def test_damaged_checkpoints_are_refused_by_name(saved: Path, damage: str) -> No
 
 
 def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*nothing: no such directory; shipped names: mnist-"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint .*nothing: no such directory; shipped names: mnist-"
+    ):
         from_pretrained(tmp_path / "nothing")
 
 

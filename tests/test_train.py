@@ -36,7 +36,7 @@ def tiny(model: dict[str, Any], steps: int = 6, batch: int = 4) -> Recipe:
 
 
 def test_resuming_gives_the_same_bytes(tmp_path: Path) -> None:
-    """N + M steps in one go equal N steps, a new process's worth of forgetting, and M more; dropout included."""
+    """N + M steps in one go equal N steps and M more, dropout included."""
     recipe = tiny(PIXELS)
     options: dict[str, Any] = dict(progress=False, seed=3, threads=1)
     train(recipe, tmp_path / "whole", **options)
@@ -52,7 +52,9 @@ def test_resuming_gives_the_same_bytes(tmp_path: Path) -> None:
     assert whole.read_bytes() != other.read_bytes()
 
 
-def test_an_interrupted_run_resumes_from_its_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_from_its_last_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny(INDICES)
     options: dict[str, Any] = dict(progress=False, threads=1, save_every=2)
     train(recipe, tmp_path / "whole", **options)
@@ -72,7 +74,9 @@ def test_an_interrupted_run_resumes_from_its_last_save(tmp_path: Path, monkeypat
     assert whole == cut
 
 
-def test_learns_and_reports_and_leaves_the_caller_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_learns_and_reports_and_leaves_the_caller_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)

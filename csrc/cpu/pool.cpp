@@ -15,33 +15,52 @@
 namespace fastgen {
 namespace {
 
-void relax() {
+// Waits a little longer each time: a pause, then the core to whoever wants it, then sleep.
+class Patience {
+ public:
+  explicit Patience(int spins) : spins_(spins) {}
+
+  void wait() {
+    constexpr int kYields = 500;
+    if (count_ < spins_) {
 #if defined(__x86_64__)
-  _mm_pause();
-#else
-  std::atomic_signal_fence(std::memory_order_seq_cst);
+      _mm_pause();
 #endif
-}
+      ++count_;
+    } else if (count_ < spins_ + kYields) {
+      std::this_thread::yield();
+      ++count_;
+    } else {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+
+  void restart() { count_ = 0; }
+
+ private:
+  const int spins_;
+  int count_ = 0;
+};
 
 }  // namespace
 
 Pool::Pool(int threads) : threads_(threads), process_(getpid()) {
   if (threads < 1 || threads > 1024)
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to 1024");
+  claims_.reset(new Claim[threads]);
   // With more threads than cores the one we wait for may need ours.
-  spins_ = static_cast<unsigned>(threads) <= std::thread::hardware_concurrency() ? 2000 : 20;
+  spins_ = static_cast<unsigned>(threads) <= std::thread::hardware_concurrency() ? 4000 : 50;
   try {
-    for (int rank = 1; rank < threads; ++rank) team_.emplace_back([this, rank] { work(rank); });
+    for (int rank = 1; rank < threads; ++rank) team_.emplace_back([this, rank] { help(rank); });
   } catch (const std::system_error& e) {
-    const size_t started = team_.size();
+    const std::string started = std::to_string(team_.size() + 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       closing_ = true;
     }
     wake_.notify_all();
     for (std::thread& t : team_) t.join();
-    throw std::runtime_error("could start only " + std::to_string(started + 1) + " of " + std::to_string(threads) +
-                             " threads: " + e.what());
+    throw std::runtime_error("could start only " + started + " of " + std::to_string(threads) + " threads: " + e.what());
   }
 }
 
@@ -56,65 +75,65 @@ Pool::~Pool() {
 
 bool Pool::forked() const { return threads_ > 1 && getpid() != process_; }
 
-void Pool::run(const std::function<void(int)>& body) {
-  arrived_.store(0);
-  aborted_.store(false);
-  error_ = nullptr;
-  body_ = &body;
-  if (threads_ > 1) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    busy_ = threads_ - 1;
-    ++job_;
-    wake_.notify_all();
-  }
-  call(0);
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
-    body_ = nullptr;
-  }
-  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+Pool::Session::Session(Pool& pool) : pool_(pool) {
+  if (pool_.threads_ == 1) return;
+  std::lock_guard<std::mutex> lock(pool_.mutex_);
+  pool_.active_.store(true);
+  pool_.wake_.notify_all();
 }
 
-void Pool::call(int rank) {
-  try {
-    (*body_)(rank);
-  } catch (const Aborted&) {
-  } catch (...) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!error_) error_ = std::current_exception();
-    aborted_.store(true);
-  }
-}
+Pool::Session::~Session() { pool_.active_.store(false); }
 
-void Pool::work(int rank) {
+void Pool::help(int rank) {
   uint64_t seen = 0;
   for (;;) {
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return closing_ || job_ != seen; });
+      wake_.wait(lock, [this] { return closing_ || active_.load(); });
       if (closing_) return;
-      seen = job_;
     }
-    call(rank);
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (--busy_ == 0) done_.notify_one();
+    for (Patience patience(spins_); active_.load(std::memory_order_relaxed);) {
+      const uint64_t opened = opened_.load(std::memory_order_acquire);
+      if (opened == seen) {
+        patience.wait();
+        continue;
+      }
+      seen = opened;
+      const int parts = static_cast<int>(opened & ((1 << kPartBits) - 1));
+      if (rank < parts && claim(rank, opened >> kPartBits)) call(rank);
+      patience.restart();
+    }
   }
 }
 
-void Pool::wait_past(uint32_t generation) {
-  constexpr int kYields = 2000;  // about a millisecond; then a callback or a debugger holds us up, and we sleep
-  for (int i = 0; generation_.load(std::memory_order_acquire) == generation; ++i) {
-    if (aborted()) throw Aborted{};
-    if (i < spins_) {
-      relax();
-    } else if (i < spins_ + kYields) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
-      i = spins_ + kYields;
-    }
+// A stage ends only after all its parts were claimed, so who claims a part of a stage knows that it is still open.
+bool Pool::claim(int part, uint64_t stage) {
+  uint64_t last = claims_[part].stage.load(std::memory_order_relaxed);
+  return last < stage && claims_[part].stage.compare_exchange_strong(last, stage, std::memory_order_acq_rel);
+}
+
+void Pool::call(int part) {
+  try {
+    function_(context_, part);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
   }
+  if (part > 0) done_.fetch_add(1, std::memory_order_release);
+}
+
+void Pool::open(int parts, Function function, const void* context) {
+  function_ = function, context_ = context;
+  due_ += parts - 1;
+  opened_.store(++stage_ << kPartBits | static_cast<uint64_t>(parts), std::memory_order_release);
+  call(0);
+  Patience patience(spins_);
+  const auto done = [this] { return done_.load(std::memory_order_acquire) == due_; };
+  for (int i = 0; i < 16 && !done(); ++i) patience.wait();  // usually enough; looking at every claim costs more
+  for (int part = 1; part < parts && !done(); ++part)
+    if (claim(part, stage_)) call(part);
+  while (!done()) patience.wait();
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 }  // namespace fastgen

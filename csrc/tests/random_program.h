@@ -142,7 +142,7 @@ class RandomProgram : public Tables {
     code.push_back({kClamp, u, u, 0, 0, n, -2, 2, 0});
     code.push_back({kCopy, t, v, 0, 0, n, 0, 0, 0});
     const int32_t ring = sequence_ ? one_of({8, 16}) : p.cols;
-    if (target < 0) target = state(2 * n, p.rows, p.cols, sequence_ ? 1 : between(1, p.rows), ring);
+    if (target < 0) target = state(2 * n, p.rows, p.cols, sequence_ ? 1 : between(2, p.rows), ring);
     code.push_back({kStore, 0, t, target, 0, n, 0, 0, 0});
     if (buffers[target].channels == 2 * n) code.push_back({kStore, 0, u, target, n, n, 0, 0, 0});
     o.ncode = code.size() - o.code0;

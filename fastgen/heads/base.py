@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastgen.errors import ShapeError
 
@@ -287,8 +288,9 @@ def pickable(logits: Tensor, error: Tensor, u: Tensor, temperature: float) -> Te
     z, e = logits / temperature, error / temperature
     top = (z + e).amax(-1, keepdim=True)
     most, least = torch.exp(z + e - top), torch.exp(z - e - top)
-    most_to, least_to = most.cumsum(-1), least.cumsum(-1)
-    least_below, most_from = least_to - least, most_to[..., -1:] - (most_to - most)
-    first = least_below / (least_below + most_from)  # the smallest that the CDF below the class can be
-    last = most_to / (most_to + (least_to[..., -1:] - least_to))  # the largest that the CDF up to it can be
+    below = pad(least.cumsum(-1), (1, -1))  # the least mass in front of each class
+    above = pad(least.flip(-1).cumsum(-1), (1, -1)).flip(-1)
+    first = below / (below + most.flip(-1).cumsum(-1).flip(-1))  # the smallest CDF in front of it
+    last = most.cumsum(-1)
+    last = last / (last + above)  # the largest CDF up to it
     return (first <= u[..., None]) & (u[..., None] < last)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,7 +57,8 @@ class Plan:
         if key not in self._programs:
             if len(self._programs) >= 4:
                 self._programs.pop(next(iter(self._programs)))
-            self._programs[key] = pack(self.layout, self.spec.native_head(), dtype, length)
+            with one_thread():
+                self._programs[key] = pack(self.layout, self.spec.native_head(), dtype, length)
         return self._programs[key]
 
     def __str__(self) -> str:
@@ -65,7 +67,19 @@ class Plan:
         return describe(self)
 
 
-def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> Plan:
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Planning is many small operations: torch's threads would cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
     """Plans a module for samples of `spec` with example conditioning `cond` (batch 1).
 
     Raises UnsupportedError, NotCausalError or ShapeError, each naming the layer, before anything is run.

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgen.errors import UnsupportedError
+from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.plan import fit
 from fastgen.plan.ir import CondNode, Graph, InputNode, Node, OpaqueNode, Pair
 
@@ -28,6 +29,12 @@ METADATA_OPS = frozenset(
 FRESH_OPS = frozenset(
     f"{a}_{b}" for a in ("new", ) for b in ("zeros", "ones", "full", "empty", "empty_strided")
 ) | frozenset(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"])
+
+WHOLE = {
+    "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
+    "lstm_cell": "a recurrence", "gru_cell": "a recurrence", "scaled_dot_product_attention": "attention",
+    "multi_head_attention_forward": "attention",
+}  # fmt: skip
 
 
 class ModulePath:
@@ -60,8 +67,8 @@ class ModulePath:
 class _Shadow:
     """Ids of one storage: in closed form, or one per element."""
 
-    def __init__(self, ref: StorageWeakRef, size: int) -> None:
-        self.ref, self.size = ref, size
+    def __init__(self, ref: StorageWeakRef, size: int, itemsize: int) -> None:
+        self.ref, self.size, self.itemsize = ref, size, itemsize
         self.field: fit.Field | None = None
         self.ids: Tensor | None = None
 
@@ -74,7 +81,7 @@ class _Shadow:
     def window(self, t: Tensor) -> fit.Field | None:
         """The closed form as t [1, C, (H,) W] sees it: whole channels, a box of sites."""
         f = self.field
-        if f is None or t.dim() not in (3, 4) or t.shape[0] != 1 or min(t.shape) < 1:
+        if f is None or t.dim() not in (3, 4) or t.shape[0] != 1 or min(t.shape) < 1 or t.element_size() != self.itemsize:
             return None
         (height, width), plane = f.grid, f.grid[0] * f.grid[1]
         wanted = (plane, width, 1) if t.dim() == 4 else (plane, 1)
@@ -115,7 +122,7 @@ class Tracer(TorchDispatchMode):
         storage = t.untyped_storage()
         if len(self._shadow) % 64 == 63:  # storages that died take their shadows along
             self._shadow = {k: v for k, v in self._shadow.items() if not v.ref.expired()}
-        entry = _Shadow(StorageWeakRef(storage), max(1, storage.nbytes() // t.element_size()))
+        entry = _Shadow(StorageWeakRef(storage), max(1, storage.nbytes() // t.element_size()), t.element_size())
         self._shadow[storage._cdata] = entry
         return entry
 
@@ -123,7 +130,9 @@ class Tracer(TorchDispatchMode):
         """Ids of the elements of t, shaped like it."""
         entry = self._entry(t)
         if entry is None:
-            return torch.full((1,), fit.CONST, dtype=torch.int64).expand(t.shape)
+            return torch.full((), fit.CONST, dtype=torch.int64).expand(t.shape)
+        if t.element_size() != entry.itemsize:  # bytes read as another type: one mark for all
+            return entry.dense().max().expand(t.shape)
         return entry.dense().as_strided(t.shape, t.stride(), t.storage_offset())
 
     def field(self, t: Tensor) -> fit.Field | None:
@@ -220,6 +229,20 @@ class Tracer(TorchDispatchMode):
         return rules.dispatch(self, func, name, args, kwargs, tensors)
 
 
+class _WholeCalls(TorchFunctionMode):
+    """Sees calls that torch would take apart before the tracer does, and refuses them by name."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in WHOLE and any(self.tracer.dynamic(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            raise UnsupportedError(f"layer {self.tracer.path.current}: {name} is {WHOLE[name]}, which is not planned yet")
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients, restored module by module afterwards."""
@@ -251,6 +274,7 @@ def capture(
     tracer = Tracer(path)
     x = x.clone()
     with eval_mode(model), path.watching(), torch.backends.mkldnn.flags(enabled=False):
+        _try_forward(model, x, cond, path)
         ids, channels, grid = input_ids(0)
         tracer.add(InputNode, "input", channels, grid)
         tracer.data_grid = grid
@@ -258,9 +282,24 @@ def capture(
         for t in cond:
             if isinstance(t, Tensor):
                 tracer.put(t, torch.full(t.shape, fit.COND, dtype=torch.int64))
-        with tracer:
+        with tracer, _WholeCalls(tracer):
             out = model(x, *cond)
     return rules.finish(tracer, first_tensor(out), arrange)
+
+
+def _try_forward(model: nn.Module, x: Tensor, cond: tuple[Any, ...], path: ModulePath) -> None:
+    """Runs forward once, so that what it cannot take is told apart from what cannot be planned."""
+    try:
+        model(x.clone(), *cond)
+    except FastgenError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        given = ", ".join(str(list(c.shape)) if isinstance(c, Tensor) else repr(c) for c in cond)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ShapeError(
+            f"forward does not take a sample {list(x.shape)} of {x.dtype}{f' with conditioning {given}' if cond else ''}: "
+            f"{reason}"
+        ) from error
 
 
 def first_tensor(out: Any) -> Tensor:

@@ -165,6 +165,23 @@ def separable(ids: Tensor) -> bool:
     )
 
 
+def fit_parts(ids: Tensor, i: Tensor, j: Tensor) -> tuple[list[Lanes], list[int]]:
+    """As fit, but a lane may read one layer in one box of sites and another elsewhere (tensors patched in place): it is
+    then in several groups, whose boxes are disjoint, and its value is their sum."""
+    try:
+        return fit(ids, i, j)
+    except Irregular:
+        nodes = (ids[ids >= 0] >> 48).unique().tolist()
+        if len(nodes) < 2:
+            raise
+        groups, constant = [], set(range(ids.shape[0]))
+        for node in nodes:
+            part, unread = fit(torch.where((ids >> 48) == node, ids, CONST), i, j)
+            groups += part
+            constant &= set(unread)
+        return groups, sorted(constant)
+
+
 def fit(ids: Tensor, i: Tensor, j: Tensor) -> tuple[list[Lanes], list[int]]:
     """Affine references that reproduce ids [L, S] read at labels (i, j) [S]; and the lanes that are constant.
 

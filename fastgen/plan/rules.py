@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_leaves
 
 from fastgen.errors import UnsupportedError
 from fastgen.plan import fit
-from fastgen.plan.ir import Graph, MapNode, TapsNode
+from fastgen.plan.ir import Graph, MapNode, Node, OpaqueNode
 from fastgen.plan.rules_linear import LINEAR, conv_of_conditioning
 from fastgen.plan.rules_pointwise import COMPUTED, POINTWISE, pointwise
 
@@ -82,12 +81,13 @@ def dispatch(tr: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: di
 
 def _record(tr: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> Any:
     rule = _rule_of(name)
-    if rule is None and func in decomposition_table and not any(name.startswith(r) for r in REFUSED):
+    decompose = None if rule is not None or any(name.startswith(r) for r in REFUSED) else _decomposition(func)
+    if decompose is not None:
         nodes = len(tr.nodes)
         try:
             tr.depth += 1
             with tr:
-                return decomposition_table[func](*args, **kwargs)
+                return decompose(*args, **kwargs)
         except (UnsupportedError, fit.Irregular):
             raise
         except Exception:  # a decomposition that torch cannot trace: fall back to the refusal by name
@@ -97,6 +97,13 @@ def _record(tr: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
     for k, t in enumerate(results):
         tr.put(t, _apply(tr, rule if k == 0 else None, func, name, t, args, kwargs))
     return out
+
+
+def _decomposition(func: Any) -> Callable[..., Any] | None:
+    """Torch's own definition of an operation by simpler ones, if it has one."""
+    from torch._decomp import decomposition_table  # takes seconds to import, and few modules need it
+
+    return decomposition_table.get(func)
 
 
 def _mutate(tr: Tracer, func: Any, name: str, args: Any, kwargs: Any, dynamic: bool, conditional: bool) -> Any:
@@ -212,6 +219,14 @@ def _cast(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
 _JOINS: dict[str, Rule] = {"cat": _join, "stack": _join, "index": _index, "_to_copy": _cast, "to": _cast, "constant_pad_nd": _pad}
 
 
+def check_opaque(nodes: list[Node], ids: Tensor) -> None:
+    """Raises UnsupportedError where an output is itself the result of an operation without a rule."""
+    for k in (ids[ids >= 0] >> 48).unique().tolist():
+        node = nodes[k]
+        if isinstance(node, OpaqueNode):
+            raise UnsupportedError(f"layer {node.path}: {node.reason}")
+
+
 def finish(tr: Tracer, out: Tensor, arrange: Callable[[Tensor], Tensor]) -> Graph:
     """Adds one node per phase with the head's parameters at the data's sites, in the head's own order."""
     ids, values = arrange(tr.ids(out).contiguous()), arrange(out.contiguous())
@@ -221,6 +236,7 @@ def finish(tr: Tracer, out: Tensor, arrange: Callable[[Tensor], Tensor]) -> Grap
             "(is it computed outside torch, or by a custom autograd function?)"
         )
     height, width, phases, count = ids.shape[1:]
+    check_opaque(tr.nodes, ids)
     i, j = fit.sites(height, width)
     params = []
     tr.path.stack = ["output"]
@@ -236,5 +252,3 @@ def finish(tr: Tracer, out: Tensor, arrange: Callable[[Tensor], Tensor]) -> Grap
         params.append(node.index)
     return Graph(tr.nodes, params, tr.points, tr.notes)
 
-
-__all__ = ["TapsNode", "dispatch", "finish"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 Ids = Tensor | fit.Field
+PARITIES = (1, 2, 3, 4, 6, 8)  # blocks of sites whose channels may differ in order
 
 
 def _pair(values: Any, one_dim: bool, front: int) -> Pair:
@@ -61,7 +63,7 @@ def _operand(tr: Tracer, x: Tensor, grid: Pair) -> list[fit.Lanes]:
     ids = tr.ids(x).reshape(x.shape[1], -1)
     i, j = fit.sites(*grid)
     try:
-        groups, constant = fit.fit(ids, i, j)
+        groups, constant = fit.fit_parts(ids, i, j)
     except fit.Irregular:
         ids = relabel(tr, x, tr.ids(x)).reshape(x.shape[1], -1)
         groups, constant = fit.fit(ids, i, j)
@@ -180,15 +182,16 @@ def relabel(tr: Tracer, x: Tensor, ids: Tensor) -> Tensor:
         return ids
     grid: Pair = (1, ids.shape[2]) if ids.dim() == 3 else (ids.shape[2], ids.shape[3])
     plain = ids.reshape(ids.shape[1], *grid)
-    for up in sorted(((a, b) for a in range(1, 9) for b in range(1, 9)), key=lambda p: p[0] * p[1]):
-        if grid[0] < up[0] or grid[1] < up[1]:
+    with contextlib.suppress(fit.Irregular):
+        fit.fit(plain.reshape(ids.shape[1], -1), *fit.sites(*grid))
+        return ids
+    for up in sorted(((a, b) for a in PARITIES for b in PARITIES), key=lambda p: p[0] * p[1]):
+        if any(up[a] > 1 and grid[a] < 2 * up[a] for a in (0, 1)):
             continue
         try:
             taps = [t for u in range(up[0]) for v in range(up[1]) for t in _copies(plain, up, (u, v))]
         except fit.Irregular:
             continue
-        if up == (1, 1):
-            return ids
         fixed = torch.where(plain < 0, x.detach().expand(ids.shape).reshape(plain.shape).float(), torch.zeros(()))
         node = tr.add(TapsNode, "relabel", plain.shape[0], grid, taps=taps, up=up, bias=fixed if bool(fixed.any()) else None)
         return _all_sites(node.index, plain.shape[0], grid).ids().reshape(ids.shape)
@@ -198,7 +201,7 @@ def relabel(tr: Tracer, x: Tensor, ids: Tensor) -> Tensor:
 def _copies(ids: Tensor, up: Pair, parity: Pair) -> list[TapW]:
     """Taps that copy ids [C, H, W] at the sites of one parity."""
     part = ids[:, parity[0] :: up[0], parity[1] :: up[1]]
-    groups, _ = fit.fit(part.reshape(part.shape[0], -1), *fit.sites(part.shape[1], part.shape[2]))
+    groups, _ = fit.fit_parts(part.reshape(part.shape[0], -1), *fit.sites(part.shape[1], part.shape[2]))
     taps = []
     for g in groups:
         weight = torch.zeros(ids.shape[0], len(g.lanes))

@@ -110,6 +110,7 @@ class Layout:
             self.order = self._ranked(moved)
             self.lanes, self.columns = self.order.shape
             self.site_shape: list[int] = []
+            self.folded = False
             return
         sizes = [shape[a] for a in self.perm]
         self.lanes = 1
@@ -117,6 +118,7 @@ class Layout:
             self.lanes *= n
         self.columns = max(1, _product(shape)) // max(1, self.lanes)
         self.site_shape = [n for n in sizes[lead:] if n > 1]
+        self.folded = 0 in self.perm[lead:] and shape[0] > 1  # sites in the batch axis
 
     def _axes(self, moved: list[Tensor]) -> tuple[list[int] | None, int]:
         nd = len(self.shape)
@@ -197,7 +199,7 @@ def label_columns(layout: Layout, ids: list[Tensor], grid: Pair) -> tuple[Tensor
         keep |= (t == fit.COND).any(0)
     if agree and torch.equal(keep, labelled):
         return keep, fit.row(label.clamp(min=0)), fit.col(label.clamp(min=0))
-    if len(layout.site_shape) == 2 or (len(layout.site_shape) == 1 and grid[0] == 1):
+    if not layout.folded and (len(layout.site_shape) == 2 or (len(layout.site_shape) == 1 and grid[0] == 1)):
         height, width = (1, *layout.site_shape)[-2:]
         i, j = fit.sites(height, width)
         rows, cols = i[keep], j[keep]

@@ -119,7 +119,7 @@ class Speech:
 
 
 def mulaw_encode(signal: Tensor, classes: int = 256) -> Tensor:
-    """Samples in [-1, 1] to mu-law classes, int64: the nearest of `fastgen.heads.Categorical`'s "mulaw" code."""
+    """Samples in [-1, 1] to mu-law classes, int64; decoded by the "mulaw" code of `fastgen.heads`."""
     mu = classes - 1
     compressed = signal.sign() * torch.log1p(mu * signal.abs()) / torch.log1p(torch.tensor(float(mu)))
     return ((compressed + 1.0) / 2.0 * mu + 0.5).floor().clamp(0, mu).to(torch.int64)

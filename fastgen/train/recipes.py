@@ -46,8 +46,8 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "mnist-gated-pixelcnn-small": Recipe(
-        "mnist-gated-pixelcnn-small", "mnist", steps=4000, batch=16, lr=2e-3
+        "mnist-gated-pixelcnn-small", "mnist", steps=3200, batch=16, lr=2e-3
     ),
-    "mnist-pixelcnnpp-small": Recipe("mnist-pixelcnnpp-small", "mnist", steps=3600, batch=16, lr=2e-3),
-    "speech-wavenet-small": Recipe("speech-wavenet-small", "speech", steps=5000, batch=4, lr=2e-3),
+    "mnist-pixelcnnpp-small": Recipe("mnist-pixelcnnpp-small", "mnist", steps=3000, batch=16, lr=2e-3),
+    "speech-wavenet-small": Recipe("speech-wavenet-small", "speech", steps=3500, batch=2, lr=2e-3),
 }  # fmt: skip

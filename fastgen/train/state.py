@@ -1,4 +1,4 @@
-"""All that a training run is at a step: weights, average, Adam's moments, random state. One safetensors file."""
+"""A training run at a step, in one safetensors file: weights, average, Adam's moments, random state."""
 
 import contextlib
 import json
