@@ -52,7 +52,7 @@ lint: lint-ruff lint-mypy lint-clang-format
 lint-ruff: $(VENV)/.dev
 	$(call say,ruff)
 	@$(PY) -m ruff check -q --output-format concise .
-	@$(PY) -m ruff format -q --check .
+	@$(PY) -m ruff format -q --output-format concise --check .
 lint-mypy: $(VENV)/.dev
 	$(call say,mypy --strict)
 	@$(PY) -m mypy --strict fastgen

@@ -5,45 +5,17 @@
 
 #include "../heads.h"
 #include "../rng.h"
-#include "worker.h"
+#include "columns.h"
 
 namespace fastgen {
 
 constexpr float kDrawn = std::numeric_limits<float>::quiet_NaN();  // "not known", to head_draw
 
-void Worker::draw(int64_t step, int32_t site) {
-  constexpr int64_t kWorthSharing = 4096;  // parameters; each costs a few exponentials
-  const int threads = run_.pool.threads();
-  if (threads == 1 || slots_ * program_.head.params < kWorthSharing || slots_ < threads) {
-    if (pending_ == kAll) sync();
-    if (rank_ == 0)
-      for (int64_t slot = 0; slot < slots_; ++slot) draw_slot(step, site, slot);
-    pending_ = kRoot;
-    return;
-  }
-  if (pending_ != kNobody) sync();
-  const Range mine = share(slots_, threads, rank_);
-  for (int64_t slot = mine.begin; slot < mine.end; ++slot) draw_slot(step, site, slot);
-  sync();  // so that rank 0 may show `out` to the callback
-}
-
-void Worker::draw_slot(int64_t step, int32_t site, int64_t slot) {
+void Columns::draw(int64_t step, int32_t site, int64_t slot) {
   const Head& h = program_.head;
   const RunArgs& args = run_.args;
   const int32_t phase = static_cast<int32_t>(step % h.phases);
-  float* params = params_.data();
-  if (args.params) params = args.params + (slot * program_.steps + step) * h.params;
-  int32_t filled = 0;
-  for (int32_t t = h.tap_ptr[phase]; t < h.tap_ptr[phase + 1]; ++t) {
-    const Tap& tap = program_.taps[h.tap0 + t];
-    const float* from = source(tap, site / program_.cols, site % program_.cols);
-    if (from)
-      std::memcpy(params + filled, from + slot * run_.places[tap.buf].slot, tap.nchan * sizeof(float));
-    else
-      std::fill_n(params + filled, tap.nchan, 0.0f);
-    filled += tap.nchan;
-  }
-
+  const float* params = gather_params(step, site, slot);
   const int32_t first = h.phases == 1 ? 0 : phase;  // the value channels this step draws
   const int32_t count = h.phases == 1 ? h.channels : 1;
   const int64_t at = (slot * program_.rows * program_.cols + site) * h.channels + first;
@@ -63,8 +35,28 @@ void Worker::draw_slot(int64_t step, int32_t site, int64_t slot) {
   }
 }
 
+// The parameters of a step, in args.params if they are wanted.
+const float* Columns::gather_params(int64_t step, int32_t site, int64_t slot) {
+  const Head& h = program_.head;
+  const RunArgs& args = run_.args;
+  const int32_t phase = static_cast<int32_t>(step % h.phases);
+  float* params = params_.data();
+  if (args.params) params = args.params + (slot * program_.steps + step) * h.params;
+  int32_t filled = 0;
+  for (int32_t t = h.tap_ptr[phase]; t < h.tap_ptr[phase + 1]; ++t) {
+    const Tap& tap = program_.taps[h.tap0 + t];
+    const float* from = source(tap, site / program_.cols, site % program_.cols);
+    if (from)
+      std::memcpy(params + filled, from + slot * run_.places[tap.buf].slot, tap.nchan * sizeof(float));
+    else
+      std::fill_n(params + filled, tap.nchan, 0.0f);
+    filled += tap.nchan;
+  }
+  return params;
+}
+
 // Writes what forward's input holds for a value.
-void Worker::feed(int32_t site, int64_t slot, int32_t channel, float value) {
+void Columns::feed(int32_t site, int64_t slot, int32_t channel, float value) {
   const Head& h = program_.head;
   const int64_t target = int64_t{site} + h.delay;
   if (target >= static_cast<int64_t>(program_.rows) * program_.cols) return;

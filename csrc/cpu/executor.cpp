@@ -1,16 +1,14 @@
 #include "executor.h"
 
-#include <algorithm>
 #include <chrono>
 #include <cstring>
 
+#include "driver.h"
 #include "validate.h"
-#include "worker.h"
+
 
 namespace fastgen {
 namespace {
-
-constexpr int64_t kSharedScratch = 256 << 10;  // floats, for the columns that ranks compute together
 
 // Decides when the callback is due and turns its refusal into an exception.
 class Reporter {
@@ -69,20 +67,18 @@ void write_start(const Program& p, const RunArgs& args, const Place& input) {
                 sizeof(float) * p.head.channels * p.head.enc);
 }
 
-void run_schedule(const Run& run, int rank, Reporter* reporter) {
-  const Program& p = run.tables.program();
-  Worker worker(run, rank);
+void run_schedule(const Program& p, Driver& driver, Reporter& reporter) {
   int64_t period = 0;
   int32_t phase = 0;  // step % period
-  for (int64_t step = 0; step < p.steps && !run.pool.aborted(); ++step) {
+  for (int64_t step = 0; step < p.steps; ++step) {
     if (phase % p.row_len == 0) {
       const int32_t* row = p.row_ptr + phase / p.row_len;
-      worker.run_items(p.row_items + row[0], p.row_items + row[1], period);
+      driver.run_items(p.row_items + row[0], p.row_items + row[1], period);
     }
-    worker.run_items(p.step_items + p.step_ptr[phase], p.step_items + p.step_ptr[phase + 1], period);
+    driver.run_items(p.step_items + p.step_ptr[phase], p.step_items + p.step_ptr[phase + 1], period);
     const bool whole = p.period >= p.steps;  // a repeating schedule is that of a sequence
-    worker.draw(step, whole ? p.step_site[phase] : static_cast<int32_t>(step / p.head.phases));
-    if (rank == 0) reporter->step_done(step + 1);
+    driver.draw(step, whole ? p.step_site[phase] : static_cast<int32_t>(step / p.head.phases));
+    reporter.step_done(step + 1);
     if (++phase == p.period) phase = 0, ++period;
   }
 }
@@ -111,17 +107,15 @@ void Executor::run(const RunArgs& args, const Progress& progress) {
     ~Leave() { runner.store({}); }
   } leave{runner_};
 
-  int64_t most_scratch = 0;
-  for (const Stage& s : tables_.stages()) most_scratch = std::max<int64_t>(most_scratch, s.op.scratch + kPanel);
-  const int64_t shared = std::max(most_scratch, kSharedScratch);
   const Pages arena(sizeof(float) * args.slots * slot_floats(p.arena),
                     "state for " + std::to_string(args.slots) + " samples side by side");
-  const Pages scratch(sizeof(float) * (shared + tables_.max_nchan), "scratch");
-  const std::vector<Place> places = find_places(p, args, arena.as<float>());
-  write_start(p, args, places[p.head.input]);
-  const Run run{tables_, kernels_, *pool_, args, places, scratch.as<float>() + shared, scratch.as<float>(), shared};
+  const Pages zeros(sizeof(float) * tables_.max_nchan, "zeros");
+  Run run{tables_, kernels_, args, find_places(p, args, arena.as<float>()), zeros.as<float>(), {}};
+  write_start(p, args, run.places[p.head.input]);
+  Driver driver(run, *pool_);
   Reporter reporter(p, progress);
-  pool_->run([&](int rank) { run_schedule(run, rank, &reporter); });
+  const Pool::Session session(*pool_);
+  run_schedule(p, driver, reporter);
 }
 
 }  // namespace fastgen

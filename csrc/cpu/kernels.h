@@ -6,7 +6,7 @@
 
 namespace fastgen {
 
-constexpr int kMaxPanels = 8;   // of one tile
+constexpr int kMaxPanels = 5;   // of one tile
 constexpr int kMaxColumns = 8;  // of one tile
 constexpr int kFunctions = 128;
 

@@ -15,15 +15,9 @@ template <class Body>
 double best_seconds(Pool& pool, Body body) {
   double best = 1e30;
   for (int i = 0; i < 5; ++i) {
-    double seconds = 0;
-    pool.run([&](int rank) {
-      pool.barrier();
-      const auto start = std::chrono::steady_clock::now();
-      body(rank);
-      pool.barrier();
-      if (rank == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    });
-    best = std::min(best, seconds);
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(pool.threads(), body);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return best;
 }
@@ -33,6 +27,7 @@ double best_seconds(Pool& pool, Body body) {
 MachineSpeed measure_machine(int threads, const std::string& isa) {
   const Kernels& k = kernels_for(isa);
   Pool pool(threads);
+  const Pool::Session session(pool);
   MachineSpeed speed = {};
   constexpr int64_t kRounds = 2000000;
   const double flops = k.peak(1) * kRounds;

@@ -15,24 +15,21 @@
 namespace fastgen {
 namespace {
 
-// Waits a little longer each time: a pause, then the core to whoever wants it, then sleep.
+// Waits a little longer each time: a pause, later a short sleep. (To yield would be worse than to sleep: the system
+// then runs everybody else first, and prefers who wakes from sleep.)
 class Patience {
  public:
   explicit Patience(int spins) : spins_(spins) {}
 
   void wait() {
-    constexpr int kYields = 500;
-    if (count_ < spins_) {
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
-      ++count_;
-    } else if (count_ < spins_ + kYields) {
-      std::this_thread::yield();
-      ++count_;
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    if (count_ == spins_) {
+      std::this_thread::sleep_for(std::chrono::microseconds(30));
+      return;
     }
+    ++count_;
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
   }
 
   void restart() { count_ = 0; }

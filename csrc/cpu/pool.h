@@ -63,7 +63,7 @@ class Pool {
 
   const int threads_;
   const int process_;
-  int spins_;  // pauses before an idle thread starts to yield its core
+  int spins_;  // pauses before an idle thread sleeps
   alignas(64) std::atomic<uint64_t> opened_{0};  // number of the stage << kPartBits | its parts
   Function function_ = nullptr;                  // of the open stage; read only after a successful claim
   const void* context_ = nullptr;

@@ -59,6 +59,7 @@ Stage Tables::make_stage(const Op& op, const Kernels& kernels) const {
   Stage s = {};
   s.op = op;
   s.panels = (op.acc + kPanel - 1) / kPanel;
+  s.stride = (op.scratch + kPanel - 1) / kPanel * kPanel;
   s.taps = taps_.data() + op.tap0;
   for (int32_t t = 0; t < op.ntaps; ++t) s.nchan.push_back(s.taps[t].nchan);
   if (op.k > 0) s.weights = weights_.as<char>() + op.weights * weight_bytes();

@@ -17,6 +17,7 @@ struct Instruction {
 struct Stage {
   Op op;
   int32_t panels;                    // ceil(acc / 16)
+  int64_t stride;                    // floats from one column's scratch to the next
   const Tap* taps;
   std::vector<int32_t> nchan;        // of each tap
   const char* weights;               // its first panel
@@ -36,7 +37,8 @@ class Tables {
   const std::vector<Stage>& stages() const { return stages_; }
   int64_t weight_bytes() const { return program_.weight_bits / 8; }
 
-  int32_t max_taps = 0, max_nchan = 0, max_count = 0;  // over the linear parts; over the items
+  int32_t max_taps = 0, max_nchan = 0;  // over the linear parts
+  int32_t max_count = 0;                // over the items
 
  private:
   Stage make_stage(const Op& op, const Kernels& kernels) const;

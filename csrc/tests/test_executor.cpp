@@ -133,7 +133,7 @@ void baseline_and_known_values() {
     for (size_t i = 0; i < got.params.size(); ++i)
       worst = std::fmax(worst, std::fabs(got.params[i] - want.params[i]));
     // kGt and kEmbed jump where rounding crosses a threshold; in 40 programs that is rare, and then large.
-    CHECK(worst < 1e-4f || seed % 10 == 7, "seed %d: %g", seed, worst);
+    CHECK(worst < 1e-4f, "seed %d: %g", seed, worst);
 
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 3 == 0;
     Executor best(p, 2, "auto");

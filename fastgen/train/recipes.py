@@ -49,5 +49,5 @@ RECIPES: dict[str, Recipe] = {
         "mnist-gated-pixelcnn-small", "mnist", steps=3200, batch=16, lr=2e-3
     ),
     "mnist-pixelcnnpp-small": Recipe("mnist-pixelcnnpp-small", "mnist", steps=3000, batch=16, lr=2e-3),
-    "speech-wavenet-small": Recipe("speech-wavenet-small", "speech", steps=3500, batch=2, lr=2e-3),
+    "speech-wavenet-small": Recipe("speech-wavenet-small", "speech", steps=2000, batch=2, lr=2e-3),
 }  # fmt: skip

@@ -1,0 +1,46 @@
+"""Shared by all tests: one thread for torch, global settings left alone, and cases compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastgen import Sampler
+from tests.cases import Case
+from tests.oracle import compile_case
+
+Compiled = Callable[..., Sampler]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are many small operations, which torch's threads only slow down."""
+    torch.set_num_threads(1)
+    config.addinivalue_line("filterwarnings", "ignore:.*weight_norm.*:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """Neither fastgen nor a test leaves torch's global settings changed."""
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+    assert torch.backends.mkldnn.enabled
+    assert torch.get_num_threads() == threads
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Compiled:
+    """compile_case(case, **options), remembered: tests that change nothing about a sampler may share it."""
+    known: dict[tuple[Any, ...], Sampler] = {}
+
+    def get(case: Case, **options: Any) -> Sampler:
+        key = (case.name, case.shape, *sorted(options.items()))
+        if key not in known:
+            known[key] = compile_case(case, **options)
+        return known[key]
+
+    return get

@@ -1,0 +1,194 @@
+"""The law: stepping equals the teacher-forced forward, for every case and every executor, at every length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgen.backends.base import Request
+from fastgen.backends.cpu import CpuExecutor, native
+from fastgen.backends.reference import ReferenceExecutor
+from fastgen.plan.harvest import Harvester
+from fastgen.verify import TOLERANCE
+from tests.cases import Case, cases
+from tests.conftest import Compiled
+from tests.oracle import (
+    assert_same_samples,
+    at_length,
+    by_name,
+    compile_case,
+    noise_of,
+    parameters,
+    run_given,
+    sample_of,
+    slow_sample,
+    values_of,
+)
+
+EXECUTORS: dict[str, dict[str, Any]] = {
+    "reference": dict(backend="reference"),
+    "cpu": dict(backend="cpu"),
+    "cpu-bf16": dict(backend="cpu", dtype=torch.bfloat16),
+}
+executors = pytest.mark.parametrize("executor", EXECUTORS)
+every_case = pytest.mark.parametrize("case", cases(), ids=str)
+A_FEW = by_name("rgb-unrolled", "unet-pixelcnnpp", "gated-cropped", "wavenet-vocoder", "masked-table", "masked-layernorm")
+SEQUENCES = by_name("wavenet-onehot", "wavenet-embedded", "wavenet-batch-folded", "wavenet-channels-last", "stereo", "wavenet-one-row")
+
+
+def some_values(case: Case, n: int) -> Tensor:
+    return case.random_values(n, torch.Generator().manual_seed(11))
+
+
+def flat(case: Case, values: Tensor) -> Tensor:
+    """Values [n, *sites, C] -> [n, sites, C] as an executor holds them."""
+    return values.reshape(values.shape[0], -1, case.channels)
+
+
+def error_of(params: Tensor, truth: Tensor) -> float:
+    """Largest difference, in units of the largest parameter."""
+    return float((params - truth).abs().max()) / max(1.0, float(truth.abs().max()))
+
+
+# ---- verify ------------------------------------------------------------------------------------------------------
+@executors
+@every_case
+def test_verify(case: Case, executor: str, compiled: Compiled) -> None:
+    sampler = compiled(case, **EXECUTORS[executor])
+    report = sampler.verify(n=2)
+    assert report.ok, str(report)
+    assert report.samples == 2 and report.draws == 2 * case.steps
+    assert report.draws_equal + report.near_ties == report.draws
+    assert str(report).startswith("exact")
+
+
+@pytest.mark.parametrize("case", by_name("masked-sequential", "shifted-inplace", "wavenet-onehot"), ids=str)
+def test_verify_sees_a_wrong_weight(case: Case) -> None:
+    sampler = compile_case(case, backend="reference")
+    weights = sampler.plan.program(None).weights
+    weights[weights.nonzero()[0][-1]] += 0.05
+    report = sampler.verify()
+    assert not report.ok and report.max_abs_error > 1e-4
+    assert str(report).startswith("NOT EXACT")
+
+
+def test_verify_sees_a_wrong_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = by_name("masked-sequential")
+    sampler = compile_case(case)
+    run = sampler.executor.run
+
+    def off_by_one(request: Request) -> tuple[Tensor, Tensor | None]:
+        values, params = run(request)
+        values[:, -1] = (values[:, -1] + 1) % case.head.n  # the last one, so that no parameter changes
+        return values, params
+
+    monkeypatch.setattr(sampler.executor, "run", off_by_one)
+    report = sampler.verify()
+    assert not report.ok and report.max_abs_error < 1e-4 and report.draws - report.draws_equal == 2
+
+
+# ---- stepping through given values -------------------------------------------------------------------------------
+@executors
+@every_case
+def test_stepping_equals_forward(case: Case, executor: str, compiled: Compiled) -> None:
+    sampler = compiled(case, **EXECUTORS[executor])
+    values, cond = some_values(case, 3), case.conds(3)
+    out, params = run_given(sampler, flat(case, values), cond)
+    assert torch.equal(out, flat(case, values)), "known values must be kept"
+    truth = parameters(case, case.build().eval(), values, cond)
+    assert error_of(params, truth) < TOLERANCE[sampler.dtype]
+
+
+@every_case
+def test_stepping_in_float64(case: Case, compiled: Compiled) -> None:
+    """With arithmetic in float64 only the rounding of the result, and of what was folded beforehand, is left."""
+    sampler = compiled(case, backend="reference")
+    exact = ReferenceExecutor(sampler.plan, sampler.executor.harvester, dtype=torch.float64)  # type: ignore[attr-defined]
+    values, cond = some_values(case, 2), case.conds(2)
+    length = None
+    request = Request(2, 0, cond=cond, given=flat(case, values), mask=torch.ones_like(flat(case, values)), want_params=True, length=length)
+    params = exact.run(request)[1]
+    assert params is not None
+    doubled = tuple(c.double() if isinstance(c, Tensor) and c.is_floating_point() else c for c in cond)
+    truth = parameters(case, case.build().double().eval(), values, doubled)
+    assert error_of(params.double(), truth) < 5e-7
+
+
+@every_case
+def test_bfloat16_is_a_rounding_of_weights_alone(case: Case, compiled: Compiled) -> None:
+    """Both executors, given the same rounded weights, agree as closely as in float32."""
+    ours = compiled(case, backend="cpu", dtype=torch.bfloat16)
+    spec = compiled(case, backend="reference", dtype=torch.bfloat16)
+    values, cond = flat(case, some_values(case, 2)), case.conds(2)
+    truth = run_given(spec, values, cond)[1]
+    assert error_of(run_given(ours, values, cond)[1], truth) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("isa", native().isas())
+@pytest.mark.parametrize("case", A_FEW, ids=str)
+def test_every_instruction_set(case: Case, isa: str, compiled: Compiled) -> None:
+    sampler = compiled(case)
+    values, cond = some_values(case, 2), case.conds(2)
+    truth = parameters(case, case.build().eval(), values, cond)
+    given = flat(case, values)
+    for dtype in (torch.float32, torch.bfloat16):
+        harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
+        executor = CpuExecutor(sampler.plan, harvester, dtype, 1, isa)
+        assert executor.engine(None).isa == isa
+        request = Request(2, 0, cond=cond, given=given, mask=torch.ones_like(given), want_params=True)
+        params = executor.run(request)[1]
+        assert params is not None and error_of(params, truth) < TOLERANCE[dtype]
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", ["naive", "reference", "cpu"])
+@every_case
+def test_samples_are_those_of_the_slow_loop(case: Case, backend: str, compiled: Compiled) -> None:
+    sampler = compiled(case, backend=backend)
+    x = sampler.sample(3, seed=21, cond=case.conds(3))
+    slow, params = slow_sample(case, 3, 21)
+    assert x.shape == sample_of(case, slow).shape and x.dtype == sample_of(case, slow).dtype
+    assert_same_samples(case, values_of(case, x), slow, params, 21)
+
+
+@every_case
+def test_samples_differ_and_fill_their_range(case: Case, compiled: Compiled) -> None:
+    values = values_of(case, compiled(case).sample(8, seed=5, cond=case.conds(8)))
+    assert values.isfinite().all()
+    assert len(torch.unique(values.flatten(1), dim=0)) == 8
+    low, high = (0, case.head.n - 1) if case.head.discrete else (-1.0, 1.0)
+    if case.head.kind != 3:  # normal distributions have no range
+        assert low <= values.min() < values.max() <= high
+
+
+# ---- sequences of any length -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("compiled_at", [64, 100, 131])
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_any_length(case: Case, compiled_at: int, compiled: Compiled) -> None:
+    sampler = compiled(at_length(case, compiled_at))
+    for length in (1, 3, 8, 21, 33, 63, 65, 99, 130, 147):
+        here = at_length(case, length)
+        if case.name == "wavenet-one-row" and length == 9:
+            continue
+        ours = values_of(here, sampler.sample(2, seed=length, length=length))
+        truth = parameters(here, here.build().eval(), ours, here.conds(2))
+        again = here.head.draw(truth, noise_of(here, 2, length))
+        drawn = ours.reshape(2, here.steps, -1)
+        if case.head.discrete:
+            assert torch.equal(drawn, again), f"length {length}"
+        else:
+            torch.testing.assert_close(drawn, again, atol=2e-4, rtol=2e-4, msg=lambda m, k=length: f"length {k}: {m}")
+
+
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_a_length_is_what_a_fresh_compile_gives(case: Case, compiled: Compiled) -> None:
+    sampler = compiled(at_length(case, 96))
+    for length in (5, 40, 70, 160):
+        here = at_length(case, length)
+        fresh = compiled(here).sample(3, seed=2)
+        slow_like = values_of(here, fresh)
+        ours = values_of(here, sampler.sample(3, seed=2, length=length))
+        torch.testing.assert_close(ours, slow_like, atol=2e-4, rtol=2e-4)
