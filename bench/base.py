@@ -1,4 +1,4 @@
-"""The same benchmark on another commit: its sources in a temporary folder, built there, timed by today's bench/."""
+"""This tree against another commit, which is built in a temporary folder and timed by today's bench/."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from bench.machine import ROOT
+from bench.report import Result
+
+ROUNDS = 2  # the two take turns, so that a change of the machine's speed does not pass for a change of ours
 
 
-def run_base(revision: str, arguments: list[str]) -> dict[str, Any]:
-    """Results of `revision`, which must be able to build its extension with this Python.
+def against(revision: str, arguments: list[str]) -> tuple[Result, Result]:
+    """Our own rows here and at `revision`, which must be able to build its extension with this Python.
 
     Raises SystemExit when the revision is unknown, does not build or does not run.
     """
@@ -32,17 +34,31 @@ def run_base(revision: str, arguments: list[str]) -> dict[str, Any]:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             tar.extractall(folder, filter="data")
         shutil.rmtree(folder / "bench", ignore_errors=True)
-        shutil.copytree(
-            ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns("results", "__pycache__")
-        )
-        print(f"building {revision} ...", flush=True)
+        leave = shutil.ignore_patterns("results", "__pycache__")
+        shutil.copytree(ROOT / "bench", folder / "bench", ignore=leave)
         _call(folder, ["setup.py", "-q", "build_ext", "--inplace"])
-        _call(folder, ["bench/run.py", *arguments, "--only-ours", "--out", "base-results"])
-        result: dict[str, Any] = json.loads(next((folder / "base-results").glob("*.json")).read_text())
-    result["machine"]["revision"] = known.stdout.strip()
-    return result
+        runs: tuple[list[Result], list[Result]] = ([], [])
+        for turn in range(ROUNDS):
+            for results, tree in zip(runs, (ROOT, folder), strict=True):
+                out = folder / f"bench-{len(runs[0])}-{len(runs[1])}-{turn}"
+                _call(tree, ["bench/run.py", *arguments, "--only-ours", "--out", str(out)])
+                results.append(json.loads(next(out.glob("*.json")).read_text()))
+    here, there = (_merged(results) for results in runs)
+    there["machine"]["revision"] = known.stdout.strip()
+    return here, there
+
+
+def _merged(results: list[Result]) -> Result:
+    """The times of several runs of the same as those of one."""
+    merged = results[0]
+    for more in results[1:]:
+        for config, other in zip(merged["configs"], more["configs"], strict=True):
+            for row, again in zip(config["rows"], other["rows"], strict=True):
+                row["step_seconds"] += again["step_seconds"]
+    return merged
 
 
 def _call(folder: Path, command: list[str]) -> None:
-    if subprocess.run([sys.executable, *command], cwd=folder, check=False).returncode:
-        raise SystemExit(f"bench: {' '.join(command)} failed for the base revision")
+    done = subprocess.run([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(f"bench: {' '.join(command)} failed in {folder}")

@@ -1,4 +1,4 @@
-"""The peer: what a careful PyTorch user writes for WaveNet, the Fast WaveNet algorithm (Le Paine et al. 2016).
+"""The peer: what a careful PyTorch user writes for WaveNet, Fast WaveNet (Le Paine et al. 2016).
 
 Every dilated layer keeps a queue of its past inputs, so a step computes one column per layer. All that eager
 PyTorch allows is done: taps of a layer in one matrix, residual and skip in one matrix, conditioning projected
@@ -63,7 +63,8 @@ class EagerWaveNet:
         local = model.upsample(cond[0])[:, :, : self.steps] if model.upsample is not None else None
         speaker = model.speaker(cond[-1])[:, :, None] if model.speaker is not None else None
         layers = []
-        for m in model.layers:
+        for module in model.layers:
+            m: Any = module
             bias = m.dilated.bias[None, :, None]
             bias = bias if local is None else bias + m.local(local)
             bias = bias if speaker is None else bias + m.speaker(speaker)
@@ -93,7 +94,8 @@ class EagerWaveNet:
 
     def _first(self, value: Tensor) -> Tensor:
         self.recent = [*self.recent[-(len(self.tables) - 1) :], value] if len(self.tables) > 1 else [value]
-        x: Any = self.model.first.bias
+        assert self.model.first.bias is not None
+        x: Tensor = self.model.first.bias
         for table, v in zip(reversed(self.tables), reversed(self.recent), strict=False):
             x = x + (table[v] if self.classes else v * table)
         return x.expand(self.batch, -1)

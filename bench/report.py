@@ -23,7 +23,7 @@ def compare(new: Result, old: Result) -> str:
     """How much faster `new` is than `old`, for the rows that both have."""
     before = {(c["name"], r["batch"], r["name"]): r for c in old["configs"] for r in c["rows"]}
     lines = [
-        f"{new['machine']['revision']} against {old['machine']['revision']} (run one after the other):",
+        f"{new['machine']['revision']} against {old['machine']['revision']} (in turns):",
         "",
         "| configuration | batch | method | ms a step before | now | times faster |",
         "|---|---:|---|---:|---:|---:|",
@@ -33,10 +33,8 @@ def compare(new: Result, old: Result) -> str:
             base = before.get((c["name"], r["batch"], r["name"]))
             if base is not None:
                 was, now = median(base["step_seconds"]), median(r["step_seconds"])
-                lines.append(
-                    f"| {c['name']} | {r['batch']} | {r['name']} | {_number(was * 1e3)} | {_number(now * 1e3)} "
-                    f"| {was / now:.2f} |"
-                )
+                cells = [c["name"], str(r["batch"]), r["name"], _number(was * 1e3), _number(now * 1e3)]
+                lines.append(f"| {' | '.join(cells)} | {was / now:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -60,17 +58,19 @@ def _config(c: Result, machine: Result) -> list[str]:
     unit = "samples/s per stream" if c["audio"] else "seconds for the batch"
     lines = [
         f"### {c['name']}",
-        f"{c['parameters'] / 1e6:.2f}M parameters, {c['steps']} steps. Planned in {plan['plan_seconds']:.1f} s, "
-        f"ready in {plan['compile_seconds']:.1f} s{peak}.{_verified(c)}",
+        f"{c['parameters'] / 1e6:.2f}M parameters, {c['steps']} steps. "
+        f"Planned in {plan['plan_seconds']:.1f} s, ready in {plan['compile_seconds']:.1f} s{peak}."
+        f"{_verified(c)}",
         "",
-        f"| batch | method | {unit} | fastest–slowest | x naive |{' x eager |' if c['audio'] else ''} GFLOP/s "
-        "| of peak | weights GB/s | of memory |",
+        f"| batch | method | {unit} | fastest-slowest | x naive |{' x eager |' if c['audio'] else ''} "
+        "GFLOP/s | of peak | weights GB/s | of memory |",
         "|---:|---|---:|---:|---:|" + ("---:|" if c["audio"] else "") + "---:|---:|---:|---:|",
     ]
     for row in c["rows"]:
         lines.append(_row(c, row, machine))
     notes = dict.fromkeys(f"{r['name']}: {r['how']}" for r in c["rows"] if r["how"] != "whole runs")
-    return lines + ["", "Timed: " + "; ".join([*notes, "the others: whole runs"]) + "."]
+    timed = [*notes, "the others: whole runs"] if notes else ["whole runs"]
+    return [*lines, "", f"Timed: {'; '.join(timed)}."]
 
 
 def _verified(c: Result) -> str:
@@ -84,7 +84,7 @@ def _row(c: Result, row: Result, machine: Result) -> str:
     mid = median(times)
     rates = [1 / t if c["audio"] else t * c["steps"] for t in (mid, min(times), max(times))]
     cells = [str(row["batch"]), row["name"], _number(rates[0])]
-    cells.append("once" if len(times) == 1 else f"{_number(rates[1])}–{_number(rates[2])}")
+    cells.append("once" if len(times) == 1 else f"{_number(rates[1])}-{_number(rates[2])}")
     cells.append(_ratio(c, row, "naive loop"))
     if c["audio"]:
         cells.append(_ratio(c, row, "eager queues"))

@@ -1,6 +1,6 @@
 """Times sampling against the naive loop and against a careful eager loop, and says what the machine allows.
 
-    python bench/run.py                        all configurations, batches 1, 4 and 16 (about 12 minutes on 2 cores)
+    python bench/run.py                        all, at batches 1, 4 and 16 (about 12 minutes on 2 cores)
     python bench/run.py --quick                batch 1, once, short audio: does it still run, roughly how fast
     python bench/run.py --config wavenet-nv --batch 1,16 --base HEAD~1
 
@@ -38,15 +38,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                    help=f"any of {', '.join(configs.NAMES)}; default all")  # fmt: skip
     p.add_argument("--batch", type=_batches, help="comma-separated; default 1,4,16")
     p.add_argument("--quick", action="store_true", help="batch 1, one repeat, no reference, no memory figure")
-    p.add_argument(
-        "--threads", type=int, default=machine.cores(), help="default: all CPUs this process may use"
-    )
+    p.add_argument("--threads", type=int, default=machine.cores(), help="default: all CPUs this process may use")
     p.add_argument("--repeats", type=int, help="default 3")
     p.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results")
-    p.add_argument("--base", metavar="REV", help="time this commit too, after the rest, and print the ratios")
-    p.add_argument(
-        "--only-ours", action="store_true", help="leave out the naive loop, the peer and the reference"
-    )
+    p.add_argument("--base", metavar="REV", help="then time this commit and this tree in turns, and print ratios")
+    p.add_argument("--only-ours", action="store_true", help="leave out the naive loop, the peer and the reference")
     args = p.parse_args(arguments)
     args.batch = args.batch or ([1] if args.quick else [1, 4, 16])
     args.repeats = args.repeats or (1 if args.quick else 3)
@@ -65,9 +61,7 @@ def _batches(text: str) -> list[int]:
 def _compile(case: configs.Case, args: argparse.Namespace) -> tuple[Sampler, dict[str, Any]]:
     """The float32 sampler, and what making it cost (memory: in a process of its own)."""
     began = time.perf_counter()
-    sampler = fastgen.compile(
-        case.model, case.spec.shape, cond=case.cond(1), threads=args.threads, verify=False
-    )
+    sampler = fastgen.compile(case.model, case.spec.shape, cond=case.cond(1), threads=args.threads, verify=False)
     cost: dict[str, Any] = {
         "plan_seconds": sampler.plan.seconds,
         "compile_seconds": time.perf_counter() - began,
@@ -75,9 +69,7 @@ def _compile(case: configs.Case, args: argparse.Namespace) -> tuple[Sampler, dic
     }
     if not args.quick and not args.only_ours:
         script = [sys.executable, str(Path(__file__).with_name("plan_cost.py"))]
-        done = subprocess.run(
-            [*script, case.name, str(AUDIO_SITES)], stdout=subprocess.PIPE, text=True, check=True
-        )
+        done = subprocess.run([*script, case.name, str(AUDIO_SITES)], stdout=subprocess.PIPE, text=True, check=True)
         cost = json.loads(done.stdout.splitlines()[-1])
     return sampler, cost
 
@@ -157,6 +149,13 @@ def bench_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _as_arguments(args: argparse.Namespace) -> list[str]:
+    """What makes another process time the same."""
+    given = ["--config", *args.config, "--batch", ",".join(map(str, args.batch))]
+    given += ["--threads", str(args.threads), "--repeats", str(args.repeats)]
+    return given + (["--quick"] if args.quick else [])
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
@@ -173,10 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = report.render(results)
     print(text, end="")
     if args.base:
-        given = ["--config", *args.config, "--batch", ",".join(map(str, args.batch)), "--threads",
-                 str(args.threads), "--repeats", str(args.repeats), *(["--quick"] if args.quick else [])]  # fmt: skip
-        results["base"] = base.run_base(args.base, given)
-        comparison = report.compare(results, results["base"])
+        here, there = base.against(args.base, _as_arguments(args))
+        results["base"] = {"here": here, "there": there}
+        comparison = report.compare(here, there)
         text += "\n" + comparison
         print("\n" + comparison, end="")
     args.out.mkdir(parents=True, exist_ok=True)

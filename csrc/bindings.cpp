@@ -66,7 +66,8 @@ std::unique_ptr<Executor> make_executor(const py::dict& t, int threads, const st
   p.steps = number(t, "steps", INT64_MAX), p.arena = number(t, "arena", INT64_MAX);
   p.row_len = number(t, "row_len", INT32_MAX), p.period = number(t, "period", INT32_MAX - 1);
   if (p.row_len < 1 || p.period % p.row_len != 0)
-    throw py::value_error("row_len " + std::to_string(p.row_len) + " does not divide period " + std::to_string(p.period));
+    throw py::value_error("row_len " + std::to_string(p.row_len) + " does not divide period " +
+                          std::to_string(p.period));
   const auto buffers = table<Buffer>(t, "buffers");
   const auto taps = table<Tap>(t, "taps");
   const auto code = table<Micro>(t, "code");
@@ -129,13 +130,14 @@ std::vector<Floats> take_conds(const Program& p, const py::sequence& given, int6
     const Floats& c = conds[b.offset];
     if (c.size() != slots * b.rows * b.cols * b.channels)
       throw py::value_error("cond " + std::to_string(b.offset) + " has shape " + shape_of(c) + ", expected (" +
-                            std::to_string(slots) + ", " + std::to_string(b.rows) + ", " + std::to_string(b.cols) + ", " +
-                            std::to_string(b.channels) + ")");
+                            std::to_string(slots) + ", " + std::to_string(b.rows) + ", " + std::to_string(b.cols) +
+                            ", " + std::to_string(b.channels) + ")");
   }
   return conds;
 }
 
-// Runs without the GIL; takes it for the callback and to see Ctrl-C. What either raises stops the run and is raised here.
+// Runs without the GIL; takes it for the callback and to see Ctrl-C. What either raises stops the run and is raised
+// here.
 void run_interruptibly(Executor& executor, const RunArgs& args, const py::object& callback) {
   std::exception_ptr error;
   const auto progress = [&](int64_t done) {
@@ -159,9 +161,9 @@ void run_interruptibly(Executor& executor, const RunArgs& args, const py::object
   }
 }
 
-py::tuple run(Executor& executor, int32_t slots, uint64_t seed, uint64_t first, float temperature, const py::sequence& cond,
-              const py::object& given, const py::object& mask, bool want_params, const py::object& callback,
-              const py::object& out) {
+py::tuple run(Executor& executor, int32_t slots, uint64_t seed, uint64_t first, float temperature,
+              const py::sequence& cond, const py::object& given, const py::object& mask, bool want_params,
+              const py::object& callback, const py::object& out) {
   const Program& p = executor.program();
   if (slots < 1) throw py::value_error("slots is " + std::to_string(slots) + ", expected at least 1");
   const std::vector<py::ssize_t> shape{slots, py::ssize_t{p.rows} * p.cols, p.head.channels};
@@ -210,7 +212,8 @@ py::array_t<float> draw(const py::array_t<Head, py::array::c_style>& head, const
                           std::to_string(count) + ")");
   py::array_t<float> out(std::vector<py::ssize_t>{n, values});
   for (py::ssize_t i = 0; i < n; ++i)
-    head_draw(h, params.data() + i * h.params, uniforms.data() + i * count, temperature, out.mutable_data() + i * values);
+    head_draw(h, params.data() + i * h.params, uniforms.data() + i * count, temperature,
+              out.mutable_data() + i * values);
   return out;
 }
 
@@ -222,8 +225,8 @@ py::array_t<float> uniforms(uint64_t seed, const Array<uint64_t>& samples, uint3
   return out;
 }
 
-py::array_t<float> map(int32_t fn, const Floats& a, const py::object& b, const py::object& c, const std::vector<float>& imm,
-                       const std::string& isa) {
+py::array_t<float> map(int32_t fn, const Floats& a, const py::object& b, const py::object& c,
+                       const std::vector<float>& imm, const std::string& isa) {
   const int operands = arity(fn);
   if (operands == 0) throw py::value_error("fn " + std::to_string(fn) + " is not a map or reduction");
   if (a.size() < 1 || a.size() > INT32_MAX) throw py::value_error("a is empty or too long");
@@ -267,8 +270,8 @@ PYBIND11_MODULE(_native, m) {
   PYBIND11_NUMPY_DTYPE(Buffer, channels, rows, cols, ring_rows, ring_cols, kind, offset);
   PYBIND11_NUMPY_DTYPE(Tap, buf, chan, nchan, mul_i, mul_j, div_i, div_j, off_i, off_j, lo_i, hi_i, lo_j, hi_j);
   PYBIND11_NUMPY_DTYPE(Micro, fn, dst, a, b, c, n, imm0, imm1, imm2);
-  PYBIND11_NUMPY_DTYPE(Op, tap0, ntaps, acc, k, weights, bias, site_bias, partial, code0, ncode, scratch, up_i, up_j, par_i,
-                       par_j, q_rows, q_cols, advance);
+  PYBIND11_NUMPY_DTYPE(Op, tap0, ntaps, acc, k, weights, bias, site_bias, partial, code0, ncode, scratch, up_i, up_j,
+                       par_i, par_j, q_rows, q_cols, advance);
   PYBIND11_NUMPY_DTYPE(Item, op, q0, count, qstep);
   PYBIND11_NUMPY_DTYPE(Head, kind, channels, phases, n, levels, params, tap0, tap_ptr, input, enc, table, delay, start,
                        floor_log_scale, clip_lo, clip_hi);

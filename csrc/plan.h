@@ -20,6 +20,7 @@
 
 namespace fastgen {
 
+// clang-format off: the comments are in columns
 constexpr int kPanel = 16;  // outputs per weight panel
 
 // Storage of one node's activations for one slot: [rows][cols][channels] floats, channel fastest. Row i lives at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastgen.backends.base import Cancelled, Executor, Request
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.naive import NaiveExecutor
 from fastgen.backends.reference import ReferenceExecutor
+from fastgen.checks import known_values, temperature_of, whole_number
 from fastgen.errors import FastgenError, ModelChangedError, ShapeError, UnsupportedError, VerifyError
 from fastgen.fingerprint import check_finite, fingerprint
 from fastgen.heads import Head
@@ -34,7 +35,15 @@ class Sampler:
     Attributes: plan (what runs per row and per site; print it), spec, receptive_field, backend.
     """
 
-    def __init__(self, model: nn.Module, spec: Spec, cond: tuple[Any, ...], backend: str, dtype: torch.dtype, threads: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: Spec,
+        cond: tuple[Any, ...],
+        backend: str,
+        dtype: torch.dtype,
+        threads: int | None,
+    ) -> None:
         self.model, self.spec, self.example, self.dtype, self.backend = model, spec, cond, dtype, backend
         self._threads = threads
         self.refresh()
@@ -61,9 +70,18 @@ class Sampler:
         return self.plan.receptive_field
 
     def sample(
-        self, n: int, *, seed: int | torch.Generator = 0, cond: tuple[Any, ...] | None = None, temperature: float = 1.0,
-        given: Tensor | None = None, mask: Tensor | None = None, first: int = 0, length: int | None = None,
-        progress: bool = False, callback: Callable[[int, int], bool | None] | None = None,
+        self,
+        n: int,
+        *,
+        seed: int | torch.Generator = 0,
+        cond: tuple[Any, ...] | None = None,
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        mask: Tensor | None = None,
+        first: int = 0,
+        length: int | None = None,
+        progress: bool = False,
+        callback: Callable[[int, int], bool | None] | None = None,
     ) -> Tensor:
         """Draws n samples: float32 or int64 [n, *shape], ready for log_prob and `given=`.
 
@@ -76,13 +94,13 @@ class Sampler:
         request = self._request(n, seed, cond, temperature, given, mask, first, length)
         spec = self._spec_at(length)
         slots = self.executor.slots(request.length)
-        parts = []
+        parts = [torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)]
         with _Bar(progress, spec.steps * n) as bar:
-            for start in range(0, n, slots):
-                part = _rows(request, start, min(n, start + slots))
+            for start in range(0, request.slots, slots):
+                part = _rows(request, start, min(request.slots, start + slots))
                 part.progress = bar.watch(start * spec.steps, part.slots, spec.steps * n, callback)
                 parts.append(self.executor.run(part)[0])
-        return spec.result(torch.cat(parts) if parts else torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels))
+        return spec.result(torch.cat(parts))
 
     def stream(self, n: int, **options: Any) -> Iterator[Tensor]:
         """Rows (images) or chunks (sequences) of all n samples as they are made; closing the iterator cancels.
@@ -95,9 +113,17 @@ class Sampler:
         unknown = set(options) - set(names)
         if unknown:
             raise TypeError(f"stream: unknown option {sorted(unknown)[0]!r}; expected {', '.join(names)}")
-        defaults = {"seed": 0, "cond": None, "temperature": 1.0, "given": None, "mask": None, "first": 0, "length": None}
+        defaults = {
+            "seed": 0,
+            "cond": None,
+            "temperature": 1.0,
+            "given": None,
+            "mask": None,
+            "first": 0,
+            "length": None,
+        }
         request = self._request(n, **{**defaults, **options})
-        return stream(self.executor, self._spec_at(length), request)
+        return stream(self.executor, self._spec_at(length), request) if request.slots else iter(())
 
     def log_prob(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
         """Log-likelihood of samples x [n, *shape] in nats: [n] (densities where values are continuous)."""
@@ -109,8 +135,8 @@ class Sampler:
         return bits_per_dim(self.log_prob(x, cond), self._values(x)[0])
 
     def verify(self, n: int = 2, seed: int = 0) -> VerifyReport:
-        """Samples n, runs forward once on the result, and compares every parameter and every draw."""
-        self._check_weights()
+        """Samples n >= 1, runs forward once on the result, and compares every parameter and every draw."""
+        n = whole_number(n, "n", "a number of samples", least=1)
         length = min(self.spec.sites[0], VERIFY_SITES) if self.spec.sequence and not _tensors(self.example) else None
         if length is not None and not self.plan.layout.sequence:
             length = None
@@ -119,38 +145,38 @@ class Sampler:
         return verify(self.model, self._spec_at(length), self.executor, request, self.dtype)
 
     # ---- checks on entry -----------------------------------------------------------------------------------------
-    def _request(self, n: int, seed: Any, cond: Any, temperature: float, given: Any, mask: Any, first: int, length: int | None) -> Request:
+    def _request(
+        self,
+        n: int,
+        seed: Any,
+        cond: Any,
+        temperature: float,
+        given: Any,
+        mask: Any,
+        first: int,
+        length: int | None,
+    ) -> Request:
         self._check_weights()
-        if not isinstance(n, int) or n < 0:
-            raise ValueError(f"n={n!r}: expected a number of samples >= 0")
-        if not isinstance(first, int) or first < 0:
-            raise ValueError(f"first={first!r}: expected a sample index >= 0")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature={temperature!r}: expected a finite number > 0")
+        n = whole_number(n, "n", "a number of samples")
+        first = whole_number(first, "first", "a sample index", most=(1 << 63) - 1 - n)
         spec = self._spec_at(length)
-        if (given is None) != (mask is None):
-            raise ValueError("given and mask go together: the values to keep, and where")
-        known = where = None
-        if given is not None:
-            known = spec.values(given.expand(n, *given.shape[1:]) if len(given) == 1 else given)
-            try:
-                where = spec.values(mask.to(given.device).expand(n, *given.shape[1:]).to(given.dtype)) != 0
-            except RuntimeError:
-                raise ShapeError(f"mask has shape {tuple(mask.shape)}; expected that of given, {tuple(given.shape)}") from None
-            if len(known) != n:
-                raise ShapeError(f"given holds {len(known)} samples; expected {n} (or 1, shared)")
-            if spec.head.indices and bool(((known < 0) | (known >= spec.head.n))[where].any()):
-                raise ValueError(f"given holds class indices outside 0 to {spec.head.n - 1}")
-        at = None if not self.plan.layout.sequence else spec.grid[1]
-        return Request(n, seed_of(seed), first, temperature, self._cond(cond, n), known, where, at)
+        known, where = known_values(spec, given, mask, n)
+        # An image has no length; a plan for one length only says so when asked for another.
+        at = spec.grid[1] if self.plan.layout.sequence or spec is not self.spec else None
+        return Request(n, seed_of(seed), first, temperature_of(temperature), self._cond(cond, n), known, where, at)
 
     def _spec_at(self, length: int | None) -> Spec:
-        if length is None or length == self.spec.sites[-1]:
+        if length is None:
             return self.spec
         if not self.spec.sequence:
-            raise ValueError(f"length={length}: only sequences have a length; samples are {self.spec.shape}")
-        if length < 1:
-            raise ValueError(f"length={length}: expected at least one site")
+            raise ValueError(f"length={length!r}: only sequences have a length; samples are {self.spec.shape}")
+        length = whole_number(length, "length", "a number of sites", least=1)
+        if length == self.spec.sites[0]:
+            return self.spec
+        if self.spec.order is not None:
+            raise ValueError(
+                f"length={length}: the order given at compile time holds for {self.spec.sites[0]} sites only"
+            )
         return self.spec.at_length(length)
 
     def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
@@ -178,7 +204,9 @@ class Sampler:
                 raise ShapeError(f"cond[{k}] is {given}; expected {e.dtype} [{n}, {', '.join(map(str, e.shape[1:]))}]")
             fixed = list(range(1, e.dim() - 1 if self.spec.sequence else e.dim()))
             if e.dim() and (c.shape[0] not in (1, n) or any(c.shape[a] != e.shape[a] for a in fixed)):
-                raise ShapeError(f"cond[{k}] has shape {tuple(c.shape)}; expected [{n}, {', '.join(map(str, e.shape[1:]))}]")
+                raise ShapeError(
+                    f"cond[{k}] has shape {tuple(c.shape)}; expected [{n}, {', '.join(map(str, e.shape[1:]))}]"
+                )
             out.append(c.expand(n, *c.shape[1:]) if e.dim() else c)
         return tuple(out)
 
@@ -192,10 +220,20 @@ class Sampler:
 
 
 def compile(
-    model: nn.Module, shape: tuple[int, ...] | None = None, head: Head | None = None, cond: tuple[Any, ...] | None = None, *,
-    layout: str | None = None, order: Tensor | None = None, predicts: str | None = None, start: float | None = None,
-    device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, backend: str = "auto",
-    threads: int | None = None, verify: bool = True,
+    model: nn.Module,
+    shape: tuple[int, ...] | None = None,
+    head: Head | None = None,
+    cond: tuple[Any, ...] | None = None,
+    *,
+    layout: str | None = None,
+    order: Tensor | None = None,
+    predicts: str | None = None,
+    start: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    threads: int | None = None,
+    verify: bool = True,
 ) -> Sampler:
     """Derives an exact incremental sampler from model.forward(x, *cond) -> parameters of the next value at every site.
 
@@ -224,6 +262,8 @@ def compile(
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
     if device is not None and torch.device(device).type != "cpu":
         raise UnsupportedError(f"device={str(device)!r}: this build has executors for the CPU only")
+    if threads is not None:
+        threads = whole_number(threads, "threads", "a number of threads", least=1, most=1024)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16")
     for k, c in enumerate(cond):
@@ -242,30 +282,57 @@ def compile(
     return sampler
 
 
-_samplers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Sampler]] = weakref.WeakKeyDictionary()
+_samplers: OrderedDict[tuple[Any, ...], Sampler] = OrderedDict()
+_REMEMBERED = 8  # samplers that sample() keeps, and with them their modules
 
 
 def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **options: Any) -> Tensor:
-    """n samples of a model in one line; compiles once and remembers.
+    """n samples of a model in one line; compiles once and remembers, for the last few models.
 
     Options of compile (shape, head, layout, predicts, start, dtype, backend, threads, verify) and of Sampler.sample.
     Weights that changed since are planned again.
     """
-    names = ("shape", "head", "layout", "order", "predicts", "start", "device", "dtype", "backend", "threads", "verify")
+    names = (
+        "shape",
+        "head",
+        "layout",
+        "order",
+        "predicts",
+        "start",
+        "device",
+        "dtype",
+        "backend",
+        "threads",
+        "verify",
+    )
     chosen = {k: options.pop(k) for k in names if k in options}
-    key = tuple((k, v if isinstance(v, str | int | float | tuple | Head | bool | torch.dtype | None) else id(v)) for k, v in chosen.items())
-    found = _samplers.setdefault(model, {}).get(key)
+    if cond is not None:
+        cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
+    key = (id(model), *((k, _key(v)) for k, v in chosen.items()), cond is None, *map(_kind, cond or ()))
+    found = _samplers.pop(key, None)  # a sampler holds its module and options, so their ids stay theirs
     if found is None:
-        example = None
-        if cond is not None:
-            cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
-            example = tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
-        found = _samplers[model][key] = compile(model, cond=example, **chosen)
+        example = None if cond is None else tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
+        found = compile(model, cond=example, **chosen)
+        if len(_samplers) >= _REMEMBERED:
+            _samplers.popitem(last=False)
+    _samplers[key] = found
     try:
         return found.sample(n, cond=cond, **options)
     except ModelChangedError:
         found.refresh()
         return found.sample(n, cond=cond, **options)
+
+
+def _key(option: Any) -> Any:
+    """An option by value if it has one that can be compared, else by identity."""
+    if isinstance(option, list):
+        return tuple(option)
+    return id(option) if isinstance(option, Tensor) else option
+
+
+def _kind(c: Any) -> Any:
+    """What a sampler binds of a conditioning input: all of it, or a tensor's type."""
+    return (c.dtype, c.dim()) if isinstance(c, Tensor) else _key(c)
 
 
 def _tensors(cond: tuple[Any, ...]) -> bool:
@@ -298,7 +365,9 @@ class _Bar:
                 self.bar.update(self.bar.total - self.bar.n)
             self.bar.close()
 
-    def watch(self, before: int, slots: int, total: int, callback: Callable[[int, int], bool | None] | None) -> Callable[[int], bool | None] | None:
+    def watch(
+        self, before: int, slots: int, total: int, callback: Callable[[int, int], bool | None] | None
+    ) -> Callable[[int], bool | None] | None:
         """A progress function for a run of `slots` samples."""
         if self.bar is None and callback is None:
             return None

@@ -80,9 +80,7 @@ def _length(text: str | None, model: ReferenceModel, rate: int) -> int | None:
     """Sites of an audio sample from "16000" or "2s"; None for images."""
     if model.layout != "CT":
         if text is not None:
-            raise ValueError(
-                f"--length {text}: only audio has a length; samples are {tuple(model.sample_shape)}"
-            )
+            raise ValueError(f"--length {text}: only audio has a length; samples are {tuple(model.sample_shape)}")
         return None
     if text is None:
         return int(model.sample_shape[1])
@@ -91,9 +89,7 @@ def _length(text: str | None, model: ReferenceModel, rate: int) -> int | None:
     except (ValueError, OverflowError):
         length = 0
     if length < 1:
-        raise ValueError(
-            f"--length {text}: expected a number of audio samples such as 16000, or seconds such as 2s"
-        )
+        raise ValueError(f"--length {text}: expected a number of audio samples such as 16000, or seconds such as 2s")
     return length
 
 
@@ -184,9 +180,7 @@ def _draw(
     bar = not args.quiet and sys.stderr.isatty()
     options: dict[str, Any] = dict(seed=args.seed, temperature=args.temperature)
     if not args.batch_free:
-        return sampler.sample(
-            args.n, cond=cond, given=given, mask=mask, first=args.first, progress=bar, **options
-        )
+        return sampler.sample(args.n, cond=cond, given=given, mask=mask, first=args.first, progress=bar, **options)
     from tqdm import tqdm
 
     def row(x: Tensor, i: int) -> Tensor:
@@ -204,9 +198,7 @@ def _draw(
 def _train(args: argparse.Namespace) -> int:
     if args.list:
         for name, recipe in RECIPES.items():
-            print(
-                f"{name}: {recipe.data}, {recipe.steps} steps of {recipe.batch}, learning rate {recipe.lr:g}"
-            )
+            print(f"{name}: {recipe.data}, {recipe.steps} steps of {recipe.batch}, learning rate {recipe.lr:g}")
         return 0
     if args.name is None:
         raise ValueError(f"train what? expected a recipe: {', '.join(RECIPES)}")

@@ -87,9 +87,7 @@ def _temporary(target: Path) -> tuple[int, Path]:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), path
 
 
-def write_png_grid(
-    images: Tensor, path: str | Path, columns: int | None = None, upscale: int | None = None
-) -> None:
+def write_png_grid(images: Tensor, path: str | Path, columns: int | None = None, upscale: int | None = None) -> None:
     """Write images, uint8 [n, C, H, W] with C 1 (grey) or 3 (RGB), as one PNG, row by row, 2 pixels apart.
 
     columns: images in a row; by default as many as make a square. upscale: side of the square that a pixel
@@ -98,9 +96,7 @@ def write_png_grid(
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}; expected torch.uint8")
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
-        raise ValueError(
-            f"images have shape {list(images.shape)}; expected [n, 1 or 3, H, W], none of them 0"
-        )
+        raise ValueError(f"images have shape {list(images.shape)}; expected [n, 1 or 3, H, W], none of them 0")
     n, channels, rows, cols = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     upscale = upscale or max(1, _SEEN // max(rows, cols))
@@ -192,13 +188,9 @@ def read_known(path: str | Path, spec: Spec, rate: int, where: str | None = None
     keep = torch.zeros(rows, cols, dtype=torch.bool)
     if spec.sequence:
         if where is not None:
-            raise ValueError(
-                f"mask {where!r}: audio is continued where the given file ends; masks are for images"
-            )
+            raise ValueError(f"mask {where!r}: audio is continued where the given file ends; masks are for images")
         if known.shape[1] > cols:
-            raise ValueError(
-                f"{path}: {known.shape[1]} audio samples given; expected at most the length, {cols}"
-            )
+            raise ValueError(f"{path}: {known.shape[1]} audio samples given; expected at most the length, {cols}")
         keep[:, : known.shape[1]] = True
         known = torch.nn.functional.pad(known, (0, 0, 0, cols - known.shape[1]))
     else:
@@ -227,9 +219,7 @@ def _read(path: str | Path, spec: Spec, rate: int) -> Tensor:
     like = spec.result(torch.zeros(1, math.prod(spec.grid), spec.channels))
     x = x[None] if x.dim() == like.dim() - 1 else x
     if x.dim() != like.dim() or not x.numel():
-        raise ValueError(
-            f"{path}: shape {list(x.shape)}; expected [m, {', '.join(map(str, like.shape[1:]))}]"
-        )
+        raise ValueError(f"{path}: shape {list(x.shape)}; expected [m, {', '.join(map(str, like.shape[1:]))}]")
     return _as_long_as(x, spec).values(x)
 
 
@@ -252,9 +242,7 @@ def _read_tensor(path: str | Path, ending: str) -> Tensor:
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
     if "samples" not in tensors:
-        raise ValueError(
-            f"{path}: holds {', '.join(sorted(tensors)) or 'no tensor'}; expected a tensor 'samples'"
-        )
+        raise ValueError(f"{path}: holds {', '.join(sorted(tensors)) or 'no tensor'}; expected a tensor 'samples'")
     return tensors["samples"]
 
 

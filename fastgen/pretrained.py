@@ -53,6 +53,7 @@ def save_pretrained(model: ReferenceModel, path: str | Path, dtype: torch.dtype 
         temporary.chmod(0o755)
         (temporary / _CONFIG).write_text(json.dumps(model.config, indent=2) + "\n")
         save_file(tensors, temporary / _WEIGHTS)
+        (temporary / _WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner alone
         _replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {error}") from error
@@ -106,9 +107,7 @@ def from_pretrained(name_or_path: str | Path) -> ReferenceModel:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{path / _WEIGHTS}: {key} has {bad} values that are not finite, expected none"
-            )
+            raise CheckpointError(f"{path / _WEIGHTS}: {key} has {bad} values that are not finite, expected none")
     with torch.random.fork_rng(devices=[]):
         model = build(config)
     model.load_state_dict({k: t.to(torch.float32) for k, t in tensors.items()})
@@ -131,9 +130,7 @@ def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
     missing = sorted(expected.keys() - header.keys())
     extra = sorted(header.keys() - expected.keys())
     if missing or extra:
-        what = (
-            f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the configuration does not have"
-        )
+        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the configuration does not have"
         raise CheckpointError(f"{path}: {what} ({len(header)} tensors given, {len(expected)} expected)")
     total = start
     for key, shape in expected.items():
@@ -142,9 +139,7 @@ def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
         if given != shape:
             raise CheckpointError(f"{path}: {key} has shape {given}, expected {shape}")
         if entry.get("dtype") not in _BYTES:
-            raise CheckpointError(
-                f"{path}: {key} has dtype {entry.get('dtype')}, expected one of {', '.join(_BYTES)}"
-            )
+            raise CheckpointError(f"{path}: {key} has dtype {entry.get('dtype')}, expected one of {', '.join(_BYTES)}")
         total += _BYTES[entry["dtype"]] * int(torch.Size(shape).numel())
     if size != total:
         problem = "truncated" if size < total else "oversized"
@@ -159,9 +154,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + length > size:
-                raise CheckpointError(
-                    f"{path}: truncated: {size} bytes given, expected at least {8 + length}"
-                )
+                raise CheckpointError(f"{path}: truncated: {size} bytes given, expected at least {8 + length}")
             header = json.loads(file.read(length))
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):

@@ -51,9 +51,7 @@ def uniforms(seed: int, samples: Tensor, step: int | Tensor, count: int) -> Tens
     """
     seed = seed_of(seed)
     if samples.dim() != 1 or samples.dtype != torch.int64:
-        raise ShapeError(
-            f"samples are {samples.dtype} {list(samples.shape)}; expected torch.int64 indices [n]"
-        )
+        raise ShapeError(f"samples are {samples.dtype} {list(samples.shape)}; expected torch.int64 indices [n]")
     given = step if isinstance(step, Tensor) else torch.tensor([step])
     if given.dim() != 1 or given.dtype != torch.int64:
         raise ShapeError(f"step is {given.dtype} {list(given.shape)}; expected an int, or torch.int64 [S]")
@@ -64,9 +62,7 @@ def uniforms(seed: int, samples: Tensor, step: int | Tensor, count: int) -> Tens
         raise ValueError(f"count={count}: expected at least one uniform")
     block = torch.arange((count + 3) // 4, device=samples.device)
     sample = samples[:, None, None]
-    words = philox(
-        (block, steps[:, None], sample & _MASK, (sample >> 32) & _MASK), (seed & _MASK, seed >> 32)
-    )
+    words = philox((block, steps[:, None], sample & _MASK, (sample >> 32) & _MASK), (seed & _MASK, seed >> 32))
     shape = (samples.shape[0], steps.shape[0], block.shape[0])
     bits = torch.stack([word.expand(shape) for word in words], dim=-1).flatten(-2)[..., :count]
     u = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23

@@ -153,7 +153,7 @@ class Spec:
     def start_vector(self) -> Tensor:
         """Encoded value in front of a predicts="next" sequence: [Cx]."""
         if self.start is None:
-            return torch.zeros(self.input_channels)
+            return torch.zeros(self.input_channels, dtype=torch.float32)
         return self.head.encode(torch.full((1, self.channels), float(self.start))).reshape(-1)
 
     def result(self, values: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Spec:
         x = x.detach().to("cpu", torch.float32)
         if x.dim() == len(self.layout) + 1 and "C" in self.layout:
             x = x.movedim(1 + self.layout.index("C"), 1)
-        return x.reshape(x.shape[0], self.channels, -1).transpose(1, 2).contiguous()
+        return x.reshape(x.shape[0], self.channels, self.grid[0] * self.grid[1]).transpose(1, 2).contiguous()
 
     def parameters(self, out: Tensor) -> Tensor:
         """Forward's output [B, ...] -> parameters [B, H, W, phases, P]."""
@@ -186,7 +186,11 @@ class Spec:
         """Ids of forward's input at batch 1, its channels and grid."""
         i, j = fit.sites(*self.grid)
         ids = fit.pack(node, torch.arange(self.input_channels)[:, None], i[None], j[None])
-        return self._laid_out(ids[None]) if not self.vector else ids.reshape(1, -1), self.input_channels, self.grid
+        return (
+            self._laid_out(ids[None]) if not self.vector else ids.reshape(1, -1),
+            self.input_channels,
+            self.grid,
+        )
 
     def input_times(self) -> Tensor:
         """Times (half steps) at which forward's input is known: [Cx, H, W]; see plan/ready.py."""

@@ -17,7 +17,7 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
     """Yields what is new of request's samples; the run goes on in a thread that ends with the iterator."""
     news: queue.Queue[int | BaseException] = queue.Queue()
     stop = threading.Event()
-    request.out = torch.zeros(request.slots, spec.grid[0] * spec.grid[1], spec.channels)
+    request.out = torch.zeros(request.slots, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
 
     def progress(steps: int) -> bool:
         news.put(steps)
@@ -37,12 +37,14 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
     worker.start()
     try:
         unit = spec.grid[1] if not spec.sequence else 1
+        # Steps after which the first 1, 2, ... units are complete, in whatever order the sites are drawn.
+        ends = spec.step_table().amax(0).reshape(-1, unit).amax(1).cummax(0)[0] + 1
         done = 0
         while done < spec.grid[0] * spec.grid[1]:
             item = news.get()
             if isinstance(item, BaseException):
                 raise item
-            sites = item // spec.phases // unit * unit
+            sites = int(torch.searchsorted(ends, item, right=True)) * unit
             if sites > done:
                 yield _chunk(spec, request.out, done, sites)
                 done = sites
@@ -53,7 +55,13 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
 
 def _chunk(spec: Spec, out: Tensor, a: int, b: int) -> Tensor:
     part = out[:, a:b].clone()
+    if spec.vector:
+        return spec.result(part)
     if spec.sequence:
         return spec.at_length(b - a).result(part)
-    axes = {"C": spec.shape[spec.layout.index("C")] if "C" in spec.layout else 1, "H": (b - a) // spec.grid[1], "W": spec.grid[1]}
+    axes = {
+        "C": spec.shape[spec.layout.index("C")] if "C" in spec.layout else 1,
+        "H": (b - a) // spec.grid[1],
+        "W": spec.grid[1],
+    }
     return Spec(tuple(axes[k] for k in spec.layout), spec.head, spec.layout).result(part)

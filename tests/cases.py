@@ -33,9 +33,7 @@ class Case:
     build: Callable[[], nn.Module]  # a fresh module, the same weights every time
     shape: tuple[int, ...]  # one sample as forward takes it, without the batch
     head: Head
-    conds: Conds = (
-        unconditional  # n -> forward's further inputs for a batch of n; sample i's do not depend on n
-    )
+    conds: Conds = unconditional  # n -> forward's further inputs for a batch of n; sample i's do not depend on n
     predicts: Literal["same", "next"] = "same"
     layout: str | None = None
     start: float | None = None  # predicts="next": the value (class index) in front; None: zeros
@@ -137,14 +135,10 @@ def assert_causal(case: Case, batch: int = 64) -> None:
         rows = torch.arange(len(ts))
         same = case.parameters(model, torch.where(future, other, base))[rows, ts]
         error = (same - expected[ts]).abs().amax(-1)
-        assert error.max() <= tolerance, (
-            f"{case}: step {ts[error.argmax()]} reads a value that is not drawn yet"
-        )
+        assert error.max() <= tolerance, f"{case}: step {ts[error.argmax()]} reads a value that is not drawn yet"
         moved = case.parameters(model, torch.where(future, base, other))[rows, ts]
         depends += int(((moved - expected[ts]).abs().amax(-1) > tolerance).sum())
-    assert depends >= 0.8 * (case.steps - 1), (
-        f"{case}: only {depends} of {case.steps} steps depend on the past"
-    )
+    assert depends >= 0.8 * (case.steps - 1), f"{case}: only {depends} of {case.steps} steps depend on the past"
 
 
 def randomise(model: nn.Module, seed: int, gain: float = 1.5) -> nn.Module:
@@ -185,9 +179,7 @@ def labels(n_classes: int) -> Conds:
 
 def noise(*shape: int) -> Conds:
     """A float map [n, *shape]; sample i's does not depend on n."""
-    return lambda n: (
-        torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(n)]),
-    )
+    return lambda n: (torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(n)]),)
 
 
 def both(*conds: Conds) -> Conds:

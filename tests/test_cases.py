@@ -50,9 +50,7 @@ def test_every_condition_matters_and_is_per_sample(case: Case) -> None:
     torch.testing.assert_close(together.reshape(n, case.steps, -1), torch.cat(alone), atol=1e-5, rtol=1e-5)
     for k in range(len(conds)):
         mixed = tuple(singles[1 if j == k else 0][j] for j in range(len(conds)))
-        assert (case.parameters(model, values, mixed) - alone[0]).abs().max() > 1e-2, (
-            f"input {k} does not matter"
-        )
+        assert (case.parameters(model, values, mixed) - alone[0]).abs().max() > 1e-2, f"input {k} does not matter"
 
 
 def test_names_are_unique() -> None:

@@ -24,9 +24,7 @@ from fastgen.models import CONFIGS, build
 from fastgen.train import RECIPES
 
 ROOT = Path(__file__).parent.parent
-DIGITS: dict[str, Any] = dict(
-    model="gated-pixelcnn", levels=4, dim=4, layers=2, classes=3, shape=[6, 6], hidden=5
-)
+DIGITS: dict[str, Any] = dict(model="gated-pixelcnn", levels=4, dim=4, layers=2, classes=3, shape=[6, 6], hidden=5)
 COLOUR: dict[str, Any] = dict(model="pixelcnnpp", nr_resnet=1, nr_filters=4, nr_mix=2, shape=[3, 8, 8])
 SOUND: dict[str, Any] = dict(
     model="wavenet", layers=4, stacks=2, residual=4, gate=8, skip=4, kernel_size=2, length=100,
@@ -94,11 +92,9 @@ def test_options_reach_the_sampler(saved: Path) -> None:
     whole = drawn(saved, "-n", 7, "--seed", 5)
     assert whole.shape == (7, 6, 6)
     assert torch.equal(drawn(saved, "-n", 3, "--seed", 5, "--first", 4), whole[4:])
-    assert torch.equal(drawn(saved, "-n", 7, "--seed", 5, "--batch-free"), whole)
+    assert torch.equal(drawn(saved, "-n", 5, "--seed", 5, "--first", 2, "--batch-free"), whole[2:])
     assert torch.equal(drawn(saved, "-n", 7, "--seed", 5, "--label", "0,1,2"), whole)
-    assert torch.equal(
-        drawn(saved, "-n", 2, "--seed", 5, "--threads", 1, "--backend", "reference"), whole[:2]
-    )
+    assert torch.equal(drawn(saved, "-n", 2, "--seed", 5, "--threads", 1, "--backend", "reference"), whole[:2])
     assert torch.equal(drawn(saved, "-n", 2, "--seed", 5, "--backend", "naive"), whole[:2])
     ones = drawn(saved, "-n", 7, "--seed", 5, "--label", 1)
     assert torch.equal(ones[1::3], whole[1::3])
@@ -109,14 +105,10 @@ def test_options_reach_the_sampler(saved: Path) -> None:
 
 def test_inpainting_keeps_half(saved: Path) -> None:
     first = drawn(saved, "-n", 1, model="colour")
-    assert (
-        run("sample", saved / "colour", "-q", "-n", 1, "--no-verify", "--upscale", 1, "--out", "one.png") == 0
-    )
+    assert run("sample", saved / "colour", "-q", "-n", 1, "--no-verify", "--upscale", 1, "--out", "one.png") == 0
     for mask, kept in (("bottom", np.s_[:, :, 4:]), ("right", np.s_[:, :, :, 4:])):
         for extra in ((), ("--batch-free",)):
-            more = drawn(
-                saved, "-n", 2, "--seed", 9, "--given", "one.png", "--mask", mask, *extra, model="colour"
-            )
+            more = drawn(saved, "-n", 2, "--seed", 9, "--given", "one.png", "--mask", mask, *extra, model="colour")
             torch.testing.assert_close(more[kept], first.expand(2, -1, -1, -1)[kept], rtol=0, atol=1e-6)
             assert not torch.equal(more[:1], first)
 
@@ -129,9 +121,7 @@ def test_sample_writes_audio(saved: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (file.getframerate(), file.getnframes()) == (16000, 2 * 160 + 4000)
     assert run(*command, "--out", "b.safetensors") == 0
     assert drawn(saved, "-n", 2, "--length", 50, model="sound").shape == (2, 50)
-    assert (
-        run("sample", saved / "sound", "-n", 1, "-q", "--length", 50, "--seed", 4, "--out", "head.wav") == 0
-    )
+    assert run("sample", saved / "sound", "-n", 1, "-q", "--length", 50, "--seed", 4, "--out", "head.wav") == 0
     head = drawn(saved, "-n", 1, "--length", 50, "--seed", 4, model="sound")
     rest = drawn(saved, "-n", 1, "--length", 90, "--seed", 8, "--given", "head.wav", model="sound")
     assert torch.equal(rest[:, :50], head)
@@ -158,9 +148,7 @@ def test_default_model_is_a_shipped_image_model(
     assert "no trained image model is shipped" in fails(capsys, "sample")
     for name, source in (("a-sound", "sound"), ("b-digits", "digits")):
         shutil.copytree(saved / source, here / "checkpoints" / name)
-    (here / "checkpoints" / "b-digits" / "report.json").write_text(
-        json.dumps({"held_out_bits_per_dim": 0.52})
-    )
+    (here / "checkpoints" / "b-digits" / "report.json").write_text(json.dumps({"held_out_bits_per_dim": 0.52}))
     monkeypatch.setattr(pretrained, "_SHIPPED", here / "checkpoints")
     assert run("verify", "-q") == 0
     assert capsys.readouterr().out.startswith("b-digits: exact: 2 samples")
@@ -201,9 +189,7 @@ def test_bad_options(
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize(
-    "options", [("-n", "0"), ("-n", "many"), ("--backend", "abacus"), ("--no-such-option",)]
-)
+@pytest.mark.parametrize("options", [("-n", "0"), ("-n", "many"), ("--backend", "abacus"), ("--no-such-option",)])
 def test_bad_usage(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as exit_:
         run("sample", *options)
@@ -258,7 +244,7 @@ def test_ctrl_c(saved: Path, here: Path, backend: str) -> None:
         command, cwd=here, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert process.stderr is not None
-    killer = threading.Timer(60, process.kill)
+    killer = threading.Timer(180, process.kill)  # hangs should fail, not last
     killer.start()
     try:
         lines = []
@@ -283,9 +269,7 @@ def test_plan_is_printed(saved: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "80 steps" in capsys.readouterr().out
 
 
-def test_configuration_has_random_weights(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configuration_has_random_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONFIGS, "tiny", DIGITS)
     state = torch.get_rng_state()
     assert run("sample", "tiny", "-n", 1, "--no-verify") == 0
@@ -311,9 +295,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
-def test_train(
-    saved: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train(saved: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--list") == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
     assert "train what? expected a recipe: mnist-" in fails(capsys, "train")
@@ -324,9 +306,7 @@ def test_train(
     monkeypatch.setitem(RECIPES, "digits", replace(recipe, model=dict(DIGITS, classes=10, shape=[28, 28])))
     monkeypatch.setattr("fastgen.train.data.HELD_OUT_DIGITS", 4)
     assert run("train", "digits", "--steps", 1, "-q") == 0
-    assert re.search(
-        r"wrote runs/digits: .* after 1 steps, [\d.]+ bits/dim held out", capsys.readouterr().out
-    )
+    assert re.search(r"wrote runs/digits: .* after 1 steps, [\d.]+ bits/dim held out", capsys.readouterr().out)
     assert "holds a run already" in fails(capsys, "train", "digits", "--steps", 1)
     assert run("train", "digits", "--steps", 2, "--resume", "-q") == 0
     assert run("verify", "runs/digits", "-n", 1, "-q") == 0

@@ -98,12 +98,8 @@ def test_logistic_mixture_is_that_of_the_paper(channels: int) -> None:
     value = head.draw(params, noise(head, channels, 40)).double()
     value[:10] = grid(32, 1).reshape(-1)[torch.randint(32, (10, channels), generator=torch.manual_seed(0))]
     value[:2] = torch.tensor([[-1.0], [1.0]]).expand(2, channels)
-    expected = [
-        slow_log_prob(p, x, 4, 32, -7.0) for p, x in zip(params.tolist(), value.tolist(), strict=True)
-    ]
-    torch.testing.assert_close(
-        head.log_prob(params, value), torch.tensor(expected).double(), rtol=1e-7, atol=0
-    )
+    expected = [slow_log_prob(p, x, 4, 32, -7.0) for p, x in zip(params.tolist(), value.tolist(), strict=True)]
+    torch.testing.assert_close(head.log_prob(params, value), torch.tensor(expected).double(), rtol=1e-7, atol=0)
 
 
 @SETTINGS
@@ -128,9 +124,7 @@ def test_grid_probabilities_sum_to_one_at_every_scale() -> None:
 
 
 @SETTINGS
-@given(
-    seed=seeds, spread=st.sampled_from([0.3, 1.0, 20.0]), head=st.sampled_from([Categorical(9), Bernoulli()])
-)
+@given(seed=seeds, spread=st.sampled_from([0.3, 1.0, 20.0]), head=st.sampled_from([Categorical(9), Bernoulli()]))
 def test_class_probabilities_sum_to_one(seed: int, spread: float, head: Head) -> None:
     params = random_params(head, 1, 1, seed, spread).double()
     total = head.log_prob(params, torch.arange(head.n)[:, None]).exp().sum().item()
@@ -142,9 +136,7 @@ def test_class_probabilities_sum_to_one(seed: int, spread: float, head: Head) ->
 def test_densities_integrate_to_one(seed: int, head: Head) -> None:
     params = random_params(head, 1, 1, seed).double()
     means, log_scales = params[0, -2 * head.n :].split(head.n)
-    step = (
-        torch.linspace(-6, 6, 4001, dtype=torch.float64).sinh() / 5
-    )  # dense in the middle, out to 40 scales
+    step = torch.linspace(-6, 6, 4001, dtype=torch.float64).sinh() / 5  # dense in the middle, out to 40 scales
     x = torch.cat([m + s.exp() * step for m, s in zip(means, log_scales, strict=True)]).sort()[0]
     total = torch.trapezoid(head.log_prob(params, x[:, None]).exp(), x).item()
     assert total == pytest.approx(1, abs=1e-4)
@@ -152,9 +144,7 @@ def test_densities_integrate_to_one(seed: int, head: Head) -> None:
 
 @each_head
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_float32_likelihood_is_accurate_with_finite_gradients(
-    head: Head, channels: int, spread: float
-) -> None:
+def test_float32_likelihood_is_accurate_with_finite_gradients(head: Head, channels: int, spread: float) -> None:
     params = random_params(head, channels, 300, 2, spread)
     value = head.draw(random_params(head, channels, 300, 3), noise(head, channels, 300))
     params.requires_grad_()
@@ -356,9 +346,7 @@ def test_arrange_inverts_every_layout(head: Head, channels: int, layout: str) ->
         head.arrange(torch.zeros(2, 1 + out.shape[1], *out.shape[2:]), channels, (4, 7))
     assert f"[B, {str(list(out.shape[1:]))[1:-1]}]" in str(error.value)
     line = canonical[:, :1]
-    assert torch.equal(
-        head.arrange(PRODUCE[layout](line).reshape(*_without(out, line)), channels, (7,)), line[:, 0]
-    )
+    assert torch.equal(head.arrange(PRODUCE[layout](line).reshape(*_without(out, line)), channels, (7,)), line[:, 0])
 
 
 def _without(out: Tensor, line: Tensor) -> tuple[int, ...]:
@@ -472,9 +460,7 @@ def test_native_draws_are_the_same(head: Head, channels: int, temperature: float
 # ---- near ties -------------------------------------------------------------------------------------------
 @each_head
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_from_slightly_wrong_parameters_are_near_ties(
-    head: Head, channels: int, temperature: float
-) -> None:
+def test_draws_from_slightly_wrong_parameters_are_near_ties(head: Head, channels: int, temperature: float) -> None:
     n, error = 20_000 if head.n < 100 else 3000, 1e-3
     params, u = random_params(head, channels, n, 13), noise(head, channels, n, seed=6)
     other = params + error * (2 * torch.rand(params.shape, generator=torch.Generator().manual_seed(1)) - 1)
@@ -506,9 +492,7 @@ def test_wrong_draws_are_not_near_ties(head: Head, channels: int) -> None:
     moved = torch.where(right > 1 - step, right - step, right + step)
     for channel in range(channels):
         value = torch.where(torch.arange(channels) == channel, moved, right)
-        assert (
-            head.near_tie(params, other, u, value).float().mean() < 0.01
-        )  # there are true ties between levels
+        assert head.near_tie(params, other, u, value).float().mean() < 0.01  # there are true ties between levels
 
 
 def test_near_tie_measures_the_distance_to_the_boundary() -> None:

@@ -39,12 +39,8 @@ def tiny(name: str, **changes: Any) -> ReferenceModel:
         "pixelcnnpp": dict(pixels, shape=[3, 8, 8]),
         "pixelcnnpp-labelled": dict(pixels, shape=[1, 8, 8], classes=3),
         "gated": dict(indices, classes=3, cond_channels=2, shape=[9, 9]),
-        "wavenet-mol": dict(
-            audio, mixtures=2, local_channels=3, upsample_scales=[2, 4], global_channels=4, speakers=3
-        ),
-        "wavenet-softmax": dict(
-            audio, kernel_size=2, input_kernel=2, output="softmax", classes=7, scaled=False
-        ),
+        "wavenet-mol": dict(audio, mixtures=2, local_channels=3, upsample_scales=[2, 4], global_channels=4, speakers=3),
+        "wavenet-softmax": dict(audio, kernel_size=2, input_kernel=2, output="softmax", classes=7, scaled=False),
     }
     torch.manual_seed(1)
     model = build(options[name] | changes)
@@ -63,11 +59,7 @@ def example(model: ReferenceModel, batch: int = 2) -> tuple[Tensor, tuple[Tensor
     if model.layout == "HW":
         x = torch.randint(0, model.head.n, shape)
     elif model.head.discrete:
-        x = (
-            F.one_hot(torch.randint(0, model.head.n, (batch, shape[-1])), model.head.n)
-            .transpose(1, 2)
-            .float()
-        )
+        x = F.one_hot(torch.randint(0, model.head.n, (batch, shape[-1])), model.head.n).transpose(1, 2).float()
     else:
         x = torch.rand(shape) * 2.0 - 1.0
     cond = model.example_cond(batch)
@@ -88,9 +80,7 @@ def test_config_makes_the_same_model_again(name: str) -> None:
         again = build(json.loads(json.dumps(model.config)))
     assert again.config == model.config
     assert again.sample_shape == model.sample_shape
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -329,9 +319,7 @@ def test_weights_of_the_pytorch_port_load(colours: int, spelling: str) -> None:
             given = {k.replace(old, name): v for k, v in given.items()}
     elif spelling == "fused":
         stems = [k.removesuffix(".bias") for k in state if k.endswith(".bias")]
-        given = {f"{s}.bias": state[f"{s}.bias"] for s in stems} | {
-            f"{s}.weight": port.weight(s)[0] for s in stems
-        }
+        given = {f"{s}.bias": state[f"{s}.bias"] for s in stems} | {f"{s}.weight": port.weight(s)[0] for s in stems}
     model = PixelCNNpp(2, 6, 3, (colours, 8, 12)).eval()
     model.load_state_dict(convert_pclucas14(given))
     x = torch.rand(2, colours, 8, 12, generator=torch.Generator().manual_seed(2)) * 2 - 1

@@ -16,9 +16,7 @@ from fastgen.errors import CheckpointError, OutputError
 from fastgen.models import ReferenceModel, build
 from fastgen.pretrained import from_pretrained, save_pretrained, shipped
 
-CONFIG: dict[str, Any] = dict(
-    model="gated-pixelcnn", levels=4, dim=4, layers=2, classes=3, shape=[6, 6], hidden=5
-)
+CONFIG: dict[str, Any] = dict(model="gated-pixelcnn", levels=4, dim=4, layers=2, classes=3, shape=[6, 6], hidden=5)
 
 
 @pytest.fixture
@@ -47,13 +45,12 @@ def test_round_trip_is_exact(model: ReferenceModel, saved: Path) -> None:
     assert not again.training
     assert again.config == model.config
     assert torch.equal(output(again), output(model))
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in saved.iterdir())  # others may load it too
     assert sorted(p.name for p in saved.parent.iterdir()) == ["checkpoint"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_storage_loads_as_float32(
-    model: ReferenceModel, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_half_precision_storage_loads_as_float32(model: ReferenceModel, tmp_path: Path, dtype: torch.dtype) -> None:
     save_pretrained(model, tmp_path / "half", dtype)
     again = from_pretrained(tmp_path / "half")
     for (name, given), expected in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
@@ -143,9 +140,7 @@ def test_damaged_checkpoints_are_refused_by_name(saved: Path, damage: str) -> No
 
 
 def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"no checkpoint .*nothing: no such directory; shipped names: mnist-"
-    ):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*nothing: no such directory; shipped names: mnist-"):
         from_pretrained(tmp_path / "nothing")
 
 

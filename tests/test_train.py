@@ -52,9 +52,7 @@ def test_resuming_gives_the_same_bytes(tmp_path: Path) -> None:
     assert whole.read_bytes() != other.read_bytes()
 
 
-def test_an_interrupted_run_resumes_from_its_last_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_from_its_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(INDICES)
     options: dict[str, Any] = dict(progress=False, threads=1, save_every=2)
     train(recipe, tmp_path / "whole", **options)
@@ -74,9 +72,7 @@ def test_an_interrupted_run_resumes_from_its_last_save(
     assert whole == cut
 
 
-def test_learns_and_reports_and_leaves_the_caller_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_learns_and_reports_and_leaves_the_caller_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
@@ -216,3 +212,11 @@ def test_wavenet_learns_speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert x.shape == (3, 16, 500)
     assert torch.equal(x.sum(1), torch.ones(3, 500))
     assert cond == ()
+
+
+@pytest.mark.parametrize(("name", "bits"), [("mnist-gated-pixelcnn-small", 0.3124), ("mnist-pixelcnnpp-small", 1.1232)])
+def test_shipped_checkpoints_reach_their_recorded_likelihood(name: str, bits: float) -> None:
+    model = from_pretrained(name)
+    with torch.no_grad():
+        measured = torch.cat([bits_per_dim(model, *batch) for batch in RECIPES[name].source(model).held_out()])
+    assert float(measured.mean()) == pytest.approx(bits, abs=5e-4)

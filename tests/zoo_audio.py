@@ -35,9 +35,7 @@ class OneHotWaveNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.causal(F.pad(x, (1, 0)))
         total: Tensor | int = 0
-        for f, g, res, skip, d in zip(
-            self.filter, self.gate, self.res, self.skip, self.dilations, strict=True
-        ):
+        for f, g, res, skip, d in zip(self.filter, self.gate, self.res, self.skip, self.dilations, strict=True):
             padded = F.pad(h, (d, 0))
             z = torch.tanh(f(padded)) * torch.sigmoid(g(padded))
             total = total + skip(z)
@@ -271,7 +269,13 @@ CASES = [
         predicts="next",
         start=0.0,
     ),
-    Case("wavenet-batch-folded", batch_folded, (1, 50), GaussianMixture(2, value_range=(-1.0, 1.0)), predicts="next"),
+    Case(
+        "wavenet-batch-folded",
+        batch_folded,
+        (1, 50),
+        GaussianMixture(2, value_range=(-1.0, 1.0)),
+        predicts="next",
+    ),
     Case(
         "wavenet-repeated-frames",
         lambda: randomise(RepeatedFrames(12, 8, 6), 44, 1.2),

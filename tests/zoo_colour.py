@@ -23,9 +23,7 @@ def colour_mask(conv: nn.Conv2d, kind: str, colour_in: Tensor, colour_out: Tenso
     _, _, kh, kw = conv.weight.shape
     mask = raster_mask("A", kh, kw).expand_as(conv.weight).clone()
     less = colour_in[None] < colour_out[:, None]
-    mask[:, :, kh // 2, kw // 2] = (
-        less if kind == "A" else less | (colour_in[None] == colour_out[:, None])
-    ).float()
+    mask[:, :, kh // 2, kw // 2] = (less if kind == "A" else less | (colour_in[None] == colour_out[:, None])).float()
     return mask
 
 
@@ -62,9 +60,7 @@ class InterleavedRGB(nn.Module):
         self.b = nn.Conv2d(width, width, 3, padding=1)
         self.c = nn.Conv2d(width, 3 * n, 1)
         for kind, conv in zip("ABB", (self.a, self.b, self.c), strict=True):
-            mask = colour_mask(
-                conv, kind, *(torch.arange(s) % 3 for s in (conv.in_channels, conv.out_channels))
-            )
+            mask = colour_mask(conv, kind, *(torch.arange(s) % 3 for s in (conv.in_channels, conv.out_channels)))
             conv.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,9 +125,7 @@ class ColoursLast(nn.Module):
         y = x.permute(0, 3, 1, 2)
         h = self.trunk(y) + self.left(F.pad(y, (2, -1)))
         h = F.gelu(self.norm(h.permute(0, 2, 3, 1)))
-        earlier = (
-            torch.ones(3, 3).tril(-1).to(x)[None].expand(self.n, 3, 3).reshape(-1, 3)
-        )  # output k * 3 + c
+        earlier = torch.ones(3, 3).tril(-1).to(x)[None].expand(self.n, 3, 3).reshape(-1, 3)  # output k * 3 + c
         out = self.out(h) + F.linear(x, self.colour.weight * earlier)
         return out.permute(0, 3, 1, 2)
 

@@ -141,9 +141,7 @@ class Normalised(nn.Module):
         super().__init__()
         self.stem = MaskedConv2d("A", 1, width, 7, padding=3)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.convs = nn.ModuleList(
-            MaskedConv2d("B", width, width, 5, padding=2, bias=False) for _ in range(2)
-        )
+        self.convs = nn.ModuleList(MaskedConv2d("B", width, width, 5, padding=2, bias=False) for _ in range(2))
         self.out = nn.Linear(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,9 +177,7 @@ class DepthwiseDilated(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
         self.first = MaskedConv2d("A", 1, 10, 3, padding=1)
-        self.depth = nn.ModuleList(
-            MaskedConv2d("B", 12, 12, 3, padding=d, dilation=d, groups=12) for d in (1, 2, 3)
-        )
+        self.depth = nn.ModuleList(MaskedConv2d("B", 12, 12, 3, padding=d, dilation=d, groups=12) for d in (1, 2, 3))
         self.point = nn.ModuleList(nn.Conv2d(12, 10, 1) for _ in self.depth)
         self.mixed = MaskedConv2d("B", 10, 10, 3, padding=2, dilation=2, groups=2)
         self.last = nn.Conv2d(10, n, 1)

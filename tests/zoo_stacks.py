@@ -231,9 +231,7 @@ CASES = [
     ),
     Case("shifted-inplace", lambda: randomise(Shifted(12), 22, 1.0), (1, 8, 7), GaussianMixture(2)),
     Case("channels-last", lambda: randomise(ChannelsLast(9, 10), 23), (6, 6), Categorical(9), layout="HW"),
-    Case(
-        "unfolded", lambda: randomise(Unfolded(8, 5), 24, 1.6), (1, 6, 7), Categorical(5, encode="symmetric")
-    ),
+    Case("unfolded", lambda: randomise(Unfolded(8, 5), 24, 1.6), (1, 6, 7), Categorical(5, encode="symmetric")),
     Case(
         "squeezed-index",
         lambda: randomise(SqueezedIndex(7, 9), 25),

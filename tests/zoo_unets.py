@@ -137,9 +137,7 @@ class PixelShuffle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = F.pixel_unshuffle(x, 2)
-        above = self.above(
-            F.pad(blocks, (0, 0, 2, -1))
-        )  # whole rows of blocks are known, blocks to the left are not
+        above = self.above(F.pad(blocks, (0, 0, 2, -1)))  # whole rows of blocks are known, blocks to the left are not
         before = F.pad(x[:, :, :, :-1], (2, 0))
         fine = self.fine(before)
         low = F.pixel_shuffle(self.expand(F.elu(above)), 2)

@@ -67,9 +67,7 @@ class Stereo(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.past = nn.ModuleList(
-            nn.Conv1d(2 if i == 0 else width, width, 2, dilation=2**i) for i in range(3)
-        )
+        self.past = nn.ModuleList(nn.Conv1d(2 if i == 0 else width, width, 2, dilation=2**i) for i in range(3))
         self.left = nn.Conv1d(width, 2, 1)
         self.right = nn.Conv1d(width + 1, 2, 1)
         self.hidden = nn.Conv1d(width + 1, width, 1)

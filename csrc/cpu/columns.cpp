@@ -1,5 +1,5 @@
-// Columns of a stage. The linear part is a rectangle, panels x columns, cut into tiles (kernels.cpp); the vector program
-// then runs column by column.
+// Columns of a stage. The linear part is a rectangle, panels x columns, cut into tiles (kernels.cpp); the vector
+// program then runs column by column.
 #include "columns.h"
 
 #include <algorithm>

@@ -17,8 +17,7 @@ double bytes_per_cycle(int64_t all_weights) { return all_weights <= (16 << 20) ?
 
 }  // namespace
 
-Driver::Driver(Run& run, Pool& pool)
-    : run_(run), program_(run.tables.program()), pool_(pool), splits_(program_.nops) {
+Driver::Driver(Run& run, Pool& pool) : run_(run), program_(run.tables.program()), pool_(pool), splits_(program_.nops) {
   run_.sites.reserve(run.tables.max_count);
   for (int part = 0; part < pool.threads(); ++part) parts_.emplace_back(run);
   scratch_floats_ = kScratchFloats;
@@ -64,7 +63,8 @@ const Driver::Split& Driver::split(const Stage& stage, int64_t columns) {
       const int64_t programs_of_one = (columns + threads - 1) / threads;
       const double shared = stage.program_cycles * programs_of_one + kStageCycles;
       const double by_panels = linear((stage.panels + p - 1) / p, part) + std::min(shared, programs) + kStageCycles;
-      if (by_panels < least) least = by_panels, best.panels = p, best.columns = c, best.share_program = shared < programs;
+      if (by_panels < least)
+        least = by_panels, best.panels = p, best.columns = c, best.share_program = shared < programs;
     }
   }
   return best;
@@ -88,7 +88,8 @@ void Driver::run_by_panels(const Stage& stage, const Split& s, int64_t columns) 
       const Range panels = share(stage.panels, s.panels, part % s.panels);
       const Range mine = share(n, s.columns, part / s.panels);
       for (int64_t i = mine.begin; i < mine.end; i += Columns::kBlock)
-        parts_[part].linear(stage, {c + i, c + std::min(i + Columns::kBlock, mine.end)}, panels, scratch + i * stage.stride);
+        parts_[part].linear(stage, {c + i, c + std::min(i + Columns::kBlock, mine.end)}, panels,
+                            scratch + i * stage.stride);
     });
     const int parts = s.share_program ? static_cast<int>(std::min<int64_t>(pool_.threads(), n)) : 1;
     pool_.run(parts, [&](int part) {

@@ -20,7 +20,7 @@ class Driver {
   void draw(int64_t step, int32_t site);
 
  private:
-  struct Split {              // of a stage: its linear part into panels x columns parts
+  struct Split {  // of a stage: its linear part into panels x columns parts
     int64_t for_columns = -1;
     int panels = 1, columns = 1;
     bool share_program = false;  // after a linear part that was split by panels
@@ -33,10 +33,10 @@ class Driver {
   Run& run_;
   const Program& program_;
   Pool& pool_;
-  std::deque<Columns> parts_;   // by part
-  Pages scratch_;               // of the columns that are split by panels
+  std::deque<Columns> parts_;  // by part
+  Pages scratch_;              // of the columns that are split by panels
   int64_t scratch_floats_;
-  std::vector<Split> splits_;   // by stage, of the last number of columns
+  std::vector<Split> splits_;  // by stage, of the last number of columns
 };
 
 }  // namespace fastgen

@@ -6,7 +6,6 @@
 #include "driver.h"
 #include "validate.h"
 
-
 namespace fastgen {
 namespace {
 
@@ -20,8 +19,8 @@ class Reporter {
     const auto now = std::chrono::steady_clock::now();
     const bool row_done = program_.rows > 1 && steps % program_.row_len == 0;
     if (!row_done && steps < program_.steps && now - last_ < std::chrono::milliseconds(50)) return;
-    if (!progress_(steps)) throw Cancelled("cancelled after " + std::to_string(steps) + " of " +
-                                           std::to_string(program_.steps) + " steps");
+    if (!progress_(steps))
+      throw Cancelled("cancelled after " + std::to_string(steps) + " of " + std::to_string(program_.steps) + " steps");
     last_ = std::chrono::steady_clock::now();
   }
 
@@ -63,8 +62,7 @@ std::vector<Place> find_places(const Program& p, const RunArgs& args, float* are
 void write_start(const Program& p, const RunArgs& args, const Place& input) {
   if (p.head.start < 0) return;
   for (int64_t slot = 0; slot < args.slots; ++slot)
-    std::memcpy(input.base + slot * input.slot, p.consts + p.head.start,
-                sizeof(float) * p.head.channels * p.head.enc);
+    std::memcpy(input.base + slot * input.slot, p.consts + p.head.start, sizeof(float) * p.head.channels * p.head.enc);
 }
 
 void run_schedule(const Program& p, Driver& driver, Reporter& reporter) {
@@ -98,8 +96,9 @@ void Executor::run(const RunArgs& args, const Progress& progress) {
   if (runner_.load() == std::this_thread::get_id())
     throw std::logic_error("this executor is running already: a callback cannot start another run on it");
   if (pool_->forked())
-    throw std::logic_error("this executor belongs to the parent process: its threads do not survive a fork; compile "
-                           "again in the child");
+    throw std::logic_error(
+        "this executor belongs to the parent process: its threads do not survive a fork; compile "
+        "again in the child");
   std::lock_guard<std::mutex> lock(turn_);
   runner_.store(std::this_thread::get_id());
   struct Leave {

@@ -17,13 +17,14 @@ namespace FG_ISA {
 
 #define FG_UNROLL _Pragma("GCC unroll 16")
 
-constexpr int kVectors = kPanel / kWidth;             // of one panel
+constexpr int kVectors = kPanel / kWidth;              // of one panel
 constexpr int kAccumulators = kWidth == 16 ? 24 : 12;  // registers that leave room for weights and a broadcast
 
 constexpr int max_columns(int panels) {
   return kAccumulators / (panels * kVectors) < kMaxColumns ? kAccumulators / (panels * kVectors) : kMaxColumns;
 }
 
+// clang-format off: it does not see the loops behind FG_UNROLL
 template <class Weight, int P, int C>
 void tile(const void* weights, int64_t stride, const int32_t* nchan, int ntaps, const float* const* x, int64_t ldx,
           float* out, int64_t ldout) {
@@ -51,6 +52,7 @@ void tile(const void* weights, int64_t stride, const int32_t* nchan, int ntaps, 
     FG_UNROLL for (int c = 0; c < C; ++c)
       FG_UNROLL for (int v = 0; v < kVectors; ++v) store(out + c * ldout + p * kPanel + v * kWidth, acc[p][c][v]);
 }
+// clang-format on
 
 template <int P, int C>
 struct FillTiles {
@@ -85,18 +87,21 @@ FG_INLINE void apply(float* dst, const float* a, const float* b, const float* c,
 }
 
 // `m` is the imm0..2 of the micro-op.
-#define FG_UNARY(name, expression)                                                                      \
-  void map_##name(float* dst, const float* a, const float*, const float*, int n, const float* m) {      \
-    (void)m;                                                                                            \
-    apply(dst, a, nullptr, nullptr, n, [m](Vec x, Vec, Vec) -> Vec { (void)m; return expression; });    \
+#define FG_UNARY(name, expression)                                                                 \
+  void map_##name(float* dst, const float* a, const float*, const float*, int n, const float* m) { \
+    (void)m;                                                                                       \
+    apply(dst, a, nullptr, nullptr, n, [m](Vec x, Vec, Vec) -> Vec {                               \
+      (void)m;                                                                                     \
+      return expression;                                                                           \
+    });                                                                                            \
   }
-#define FG_BINARY(name, expression)                                                                     \
-  void map_##name(float* dst, const float* a, const float* b, const float*, int n, const float*) {      \
-    apply(dst, a, b, nullptr, n, [](Vec x, Vec y, Vec) -> Vec { return expression; });                  \
+#define FG_BINARY(name, expression)                                                                \
+  void map_##name(float* dst, const float* a, const float* b, const float*, int n, const float*) { \
+    apply(dst, a, b, nullptr, n, [](Vec x, Vec y, Vec) -> Vec { return expression; });             \
   }
-#define FG_TERNARY(name, expression)                                                                    \
-  void map_##name(float* dst, const float* a, const float* b, const float* c, int n, const float*) {    \
-    apply(dst, a, b, c, n, [](Vec x, Vec y, Vec z) -> Vec { return expression; });                      \
+#define FG_TERNARY(name, expression)                                                                 \
+  void map_##name(float* dst, const float* a, const float* b, const float* c, int n, const float*) { \
+    apply(dst, a, b, c, n, [](Vec x, Vec y, Vec z) -> Vec { return expression; });                   \
   }
 #define FG_ZERO splat(0.0f)
 #define FG_ONE splat(1.0f)
@@ -122,19 +127,19 @@ FG_UNARY(ceil, ceil(x))
 FG_UNARY(round, round_even(x))
 FG_UNARY(trunc, trunc(x))
 FG_UNARY(not, truth(x == FG_ZERO))
-FG_UNARY(silu, x * sigmoid(x))
+FG_UNARY(silu, x* sigmoid(x))
 FG_UNARY(gelu, gelu(x))
 FG_UNARY(gelu_tanh, gelu_tanh(x))
 FG_UNARY(elu, select(x > FG_ZERO, splat(m[1]) * x, splat(m[1] * m[0]) * expm1(x * splat(m[2]))))
-FG_UNARY(leaky_relu, select(x > FG_ZERO, x, x * splat(m[0])))
-FG_UNARY(softplus, select(x * splat(m[0]) > splat(m[1]), x, log1p(exp(x * splat(m[0]))) / splat(m[0])))
+FG_UNARY(leaky_relu, select(x > FG_ZERO, x, x* splat(m[0])))
+FG_UNARY(softplus, select(x* splat(m[0]) > splat(m[1]), x, log1p(exp(x* splat(m[0]))) / splat(m[0])))
 FG_UNARY(clamp, clamp(x, m[0], m[1]))
 FG_UNARY(affine, fma(x, splat(m[0]), splat(m[1])))
 FG_UNARY(pow_scalar, power(x, m[0]))
 FG_UNARY(scalar_pow, each(::powf, splat(m[0]), x))
 FG_BINARY(add, x + y)
 FG_BINARY(sub, x - y)
-FG_BINARY(mul, x * y)
+FG_BINARY(mul, x* y)
 FG_BINARY(div, x / y)
 FG_BINARY(maximum, maximum(x, y))
 FG_BINARY(minimum, minimum(x, y))

@@ -20,14 +20,14 @@ using MapFn = void (*)(float* dst, const float* a, const float* b, const float* 
 
 struct Kernels {
   const char* name;
-  int width;                          // floats per vector
-  int max_columns[kMaxPanels + 1];    // of a tile of so many panels; 0: there is none
-  int gemm_panels;                    // of the tile that is best when columns abound
+  int width;                                        // floats per vector
+  int max_columns[kMaxPanels + 1];                  // of a tile of so many panels; 0: there is none
+  int gemm_panels;                                  // of the tile that is best when columns abound
   TileFn tile[2][kMaxPanels + 1][kMaxColumns + 1];  // [float, bfloat16][panels][columns]
-  MapFn map[kFunctions];              // by Fn; null for movement
+  MapFn map[kFunctions];                            // by Fn; null for movement
   void (*add)(float* dst, const float* a, int n);   // dst += a
-  double (*peak)(int64_t rounds);     // fused multiply-adds without memory; returns floating point operations done
-  float (*stream)(const float* data, int64_t n);    // sum of data: a read at full width
+  double (*peak)(int64_t rounds);  // fused multiply-adds without memory; returns floating point operations done
+  float (*stream)(const float* data, int64_t n);  // sum of data: a read at full width
 };
 
 // Sets this machine can run, slowest first; "baseline" always.

@@ -91,9 +91,9 @@ FG_INLINE Vec log(Vec x) {
   const Int e = (bits(scaled) - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
   const Vec f = real(bits(scaled) - (e << 23)) - splat(1.0f);
   const Vec exponent = __builtin_convertvector(e, Vec) - select(tiny, splat(23.0f), splat(0.0f));
-  static constexpr float c[] = {3.333331048e-01f, -2.499998659e-01f, 2.000222653e-01f,
-                                -1.666924953e-01f, 1.421865523e-01f, -1.238436997e-01f,
-                                1.187301651e-01f, -1.178969517e-01f, 6.915146858e-02f};
+  static constexpr float c[] = {3.333331048e-01f,  -2.499998659e-01f, 2.000222653e-01f,
+                                -1.666924953e-01f, 1.421865523e-01f,  -1.238436997e-01f,
+                                1.187301651e-01f,  -1.178969517e-01f, 6.915146858e-02f};
   const Vec square = f * f;
   Vec y = polynomial(f, c) * f * square;
   y = fma(exponent, splat(kLn2Low), y);
@@ -128,7 +128,7 @@ FG_INLINE Vec erf(Vec x) {
   const Vec a = abs(x);
   static constexpr float small[] = {1.283791661e-01f, -3.761263490e-01f, 1.128370911e-01f, -2.686002664e-02f,
                                     5.202341825e-03f, -8.155167452e-04f, 8.414137119e-05f};
-  static constexpr float large[] = {-1.705510076e-04f, 1.129495144e+00f, 6.333866715e-01f, 1.082366034e-01f,
+  static constexpr float large[] = {-1.705510076e-04f, 1.129495144e+00f, 6.333866715e-01f,  1.082366034e-01f,
                                     -2.509148791e-02f, 4.160523415e-03f, -4.323021858e-04f, 2.090948146e-05f};
   const Vec near = fma(x, polynomial(x * x, small), x);
   const Vec capped = select(a > splat(4.0f), splat(4.0f), a);
@@ -159,9 +159,7 @@ FG_INLINE Vec sine(Vec x, int quadrant) {
   return y;
 }
 
-FG_INLINE Vec gelu(Vec x) {
-  return splat(0.5f) * x * (splat(1.0f) + erf(x * splat(0.707106781f)));
-}
+FG_INLINE Vec gelu(Vec x) { return splat(0.5f) * x * (splat(1.0f) + erf(x * splat(0.707106781f))); }
 
 FG_INLINE Vec gelu_tanh(Vec x) {
   const Vec inner = splat(0.797884561f) * fma(x * x * x, splat(0.044715f), x);

@@ -57,7 +57,8 @@ Pool::Pool(int threads) : threads_(threads), process_(getpid()) {
     }
     wake_.notify_all();
     for (std::thread& t : team_) t.join();
-    throw std::runtime_error("could start only " + started + " of " + std::to_string(threads) + " threads: " + e.what());
+    throw std::runtime_error("could start only " + started + " of " + std::to_string(threads) +
+                             " threads: " + e.what());
   }
 }
 

@@ -63,12 +63,12 @@ class Pool {
 
   const int threads_;
   const int process_;
-  int spins_;  // pauses before an idle thread sleeps
+  int spins_;                                    // pauses before an idle thread sleeps
   alignas(64) std::atomic<uint64_t> opened_{0};  // number of the stage << kPartBits | its parts
   Function function_ = nullptr;                  // of the open stage; read only after a successful claim
   const void* context_ = nullptr;
-  alignas(64) std::atomic<uint64_t> done_{0};    // parts other than 0 that were finished, ever
-  uint64_t stage_ = 0, due_ = 0;                 // the driver's: stages opened, parts other than 0 handed out
+  alignas(64) std::atomic<uint64_t> done_{0};  // parts other than 0 that were finished, ever
+  uint64_t stage_ = 0, due_ = 0;               // the driver's: stages opened, parts other than 0 handed out
   std::unique_ptr<Claim[]> claims_;
 
   std::mutex mutex_;

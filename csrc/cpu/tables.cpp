@@ -17,11 +17,31 @@ const T* keep(std::vector<T>* mine, const T* theirs, int64_t n) {
 // Rough cycles of a map over one vector: what matters is only whether a program is worth sharing among threads.
 double vector_cycles(int32_t fn) {
   switch (fn) {
-    case kExp: case kLog: case kSigmoid: case kSilu: case kScalarPow: case kPowScalar: return 16;
-    case kTanh: case kExpm1: case kLog1p: case kErf: case kGelu: case kGeluTanh: case kElu: case kSoftplus: return 24;
-    case kSin: case kCos: case kPow: case kRemainder: return 100;
-    case kSum: case kMax: case kMin: return 48;
-    case kDiv: case kReciprocal: case kSqrt: case kRsqrt: return 10;
+    case kExp:
+    case kLog:
+    case kSigmoid:
+    case kSilu:
+    case kScalarPow:
+    case kPowScalar: return 16;
+    case kTanh:
+    case kExpm1:
+    case kLog1p:
+    case kErf:
+    case kGelu:
+    case kGeluTanh:
+    case kElu:
+    case kSoftplus: return 24;
+    case kSin:
+    case kCos:
+    case kPow:
+    case kRemainder: return 100;
+    case kSum:
+    case kMax:
+    case kMin: return 48;
+    case kDiv:
+    case kReciprocal:
+    case kSqrt:
+    case kRsqrt: return 10;
     default: return 2;
   }
 }

@@ -16,14 +16,14 @@ struct Instruction {
 
 struct Stage {
   Op op;
-  int32_t panels;                    // ceil(acc / 16)
-  int64_t stride;                    // floats from one column's scratch to the next
+  int32_t panels;  // ceil(acc / 16)
+  int64_t stride;  // floats from one column's scratch to the next
   const Tap* taps;
-  std::vector<int32_t> nchan;        // of each tap
-  const char* weights;               // its first panel
+  std::vector<int32_t> nchan;  // of each tap
+  const char* weights;         // its first panel
   std::vector<Instruction> code;
-  double linear_cycles;              // of one panel and one column, estimated
-  double program_cycles;             // of one column, estimated
+  double linear_cycles;   // of one panel and one column, estimated
+  double program_cycles;  // of one column, estimated
 };
 
 class Tables {

@@ -32,7 +32,8 @@ void check_sizes(const Program& p) {
     fail("program: steps is ", p.steps, ", expected 1 to sites x phases = ", sites * p.head.phases);
   if (p.period < 1 || p.row_len < 1 || p.period % p.row_len != 0)
     fail("program: row_len ", p.row_len, " does not divide period ", p.period);
-  if (p.weight_bits != 32 && p.weight_bits != 16) fail("program: weight_bits is ", p.weight_bits, ", expected 32 or 16");
+  if (p.weight_bits != 32 && p.weight_bits != 16)
+    fail("program: weight_bits is ", p.weight_bits, ", expected 32 or 16");
   if (p.arena < 0 || p.arena > (int64_t{1} << 40)) fail("program: arena is ", p.arena, " floats, expected 0 to 2^40");
   for (int32_t t = 0; t < p.period; ++t)
     if (!inside(p.step_site[t], 1, sites)) fail("step_site ", t, ": site ", p.step_site[t], " of ", sites);
@@ -50,17 +51,18 @@ void check_buffer(const Program& p, int32_t index) {
     case kInput:
       if (b.ring_rows < 1 || b.ring_cols < 1) fail("buffer ", index, ": a ring size is below 1");
       if (!inside(b.offset, static_cast<int64_t>(ring), p.arena))
-        fail("buffer ", index, ": floats [", b.offset, ", +", static_cast<int64_t>(ring), ") leave the arena of ", p.arena);
+        fail("buffer ", index, ": floats [", b.offset, ", +", static_cast<int64_t>(ring), ") leave the arena of ",
+             p.arena);
       return;
     case kCond:
       if (b.offset < 0 || b.offset > 4096) fail("buffer ", index, ": cond index ", b.offset, ", expected 0 to 4096");
       return;
     case kConst:
       if (!inside(b.offset, static_cast<int64_t>(whole), p.nconsts))
-        fail("buffer ", index, ": floats [", b.offset, ", +", static_cast<int64_t>(whole), ") leave the ", p.nconsts, " consts");
+        fail("buffer ", index, ": floats [", b.offset, ", +", static_cast<int64_t>(whole), ") leave the ", p.nconsts,
+             " consts");
       return;
-    default:
-      fail("buffer ", index, ": kind is ", b.kind, ", expected 0 to 3");
+    default: fail("buffer ", index, ": kind is ", b.kind, ", expected 0 to 3");
   }
 }
 
@@ -72,8 +74,8 @@ void check_tap(const Program& p, int32_t index) {
     fail("tap ", index, ": channels [", t.chan, ", +", t.nchan, ") of ", b.channels);
   if (t.div_i < 1 || t.div_j < 1) fail("tap ", index, ": a divisor is below 1");
   if (t.lo_i < 0 || t.hi_i > b.rows || t.lo_j < 0 || t.hi_j > b.cols)
-    fail("tap ", index, ": bounds [", t.lo_i, ", ", t.hi_i, ") x [", t.lo_j, ", ", t.hi_j, ") leave the buffer of ", b.rows,
-         " x ", b.cols);
+    fail("tap ", index, ": bounds [", t.lo_i, ", ", t.hi_i, ") x [", t.lo_j, ", ", t.hi_j, ") leave the buffer of ",
+         b.rows, " x ", b.cols);
 }
 
 // Buffer `index` is addressed at every dst site of the op.
@@ -84,7 +86,8 @@ void check_dst(const Program& p, int32_t op, const char* what, int32_t index) {
   const int64_t i = static_cast<int64_t>(o.q_rows - 1) * o.up_i + o.par_i;
   const int64_t j = static_cast<int64_t>(o.q_cols - 1) * o.up_j + o.par_j;
   if (i >= b.rows || j >= b.cols)
-    fail("op ", op, ": its last site (", i, ", ", j, ") is outside the ", what, " buffer ", index, " of ", b.rows, " x ", b.cols);
+    fail("op ", op, ": its last site (", i, ", ", j, ") is outside the ", what, " buffer ", index, " of ", b.rows,
+         " x ", b.cols);
 }
 
 // Replays an op's vector program on a map of which scratch floats hold something.
@@ -134,7 +137,8 @@ class ScratchCheck {
       case kEmbed: {
         read(m, "a", m.a, 1, 0);
         if (!(m.imm0 >= 1 && m.imm0 <= (1 << 24))) bad("imm0 (rows) is ", m.imm0, ", expected 1 to 2^24");
-        if (!inside(m.b, static_cast<int64_t>(m.imm0) * m.n, p_.nconsts)) bad("its table leaves the ", p_.nconsts, " consts");
+        if (!inside(m.b, static_cast<int64_t>(m.imm0) * m.n, p_.nconsts))
+          bad("its table leaves the ", p_.nconsts, " consts");
         break;
       }
       case kGather:
@@ -148,16 +152,10 @@ class ScratchCheck {
         }
         if (m.a >= 0 && m.dst <= m.a && m.a < m.dst + m.n) bad("dst overlaps a");
         break;
-      case kCopy:
-        read(m, "a", m.a, m.n, m.n);
-        break;
-      case kFill:
-        break;
-      case kBroadcast:
-        read(m, "a", m.a, 1, 0);
-        break;
-      default:
-        bad("unknown function");
+      case kCopy: read(m, "a", m.a, m.n, m.n); break;
+      case kFill: break;
+      case kBroadcast: read(m, "a", m.a, 1, 0); break;
+      default: bad("unknown function");
     }
     write(m.dst, m.n);
   }
@@ -170,7 +168,8 @@ class ScratchCheck {
     if (!inside(at, n, written_.size())) bad(name, " = scratch [", at, ", +", n, ") of ", written_.size());
     for (int32_t k = 0; k < n; ++k)
       if (!written_[at + k]) bad(name, " = scratch [", at, ", +", n, "): float ", at + k, " was never written");
-    if (out > 0 && m.dst != at && static_cast<int64_t>(m.dst) < int64_t{at} + n && at < static_cast<int64_t>(m.dst) + out)
+    if (out > 0 && m.dst != at && static_cast<int64_t>(m.dst) < int64_t{at} + n &&
+        at < static_cast<int64_t>(m.dst) + out)
       bad("dst ", m.dst, " partly overlaps ", name, " ", at);
   }
 
@@ -211,7 +210,8 @@ void check_op(const Program& p, int32_t index) {
     if (buffer == -1) continue;
     check_dst(p, index, what, buffer);
     if (p.buffers[buffer].channels != o.acc)
-      fail("op ", index, ": ", what, " buffer ", buffer, " has ", p.buffers[buffer].channels, " channels, expected ", o.acc);
+      fail("op ", index, ": ", what, " buffer ", buffer, " has ", p.buffers[buffer].channels, " channels, expected ",
+           o.acc);
   }
   ScratchCheck scratch(p, index);
   for (int32_t m = 0; m < o.ncode; ++m) scratch.check(o.code0 + m);
@@ -242,10 +242,12 @@ void check_head(const Program& p) {
   const Head& h = p.head;
   if (h.channels < 1 || h.channels > 64) fail("head: channels is ", h.channels, ", expected 1 to 64");
   if (h.n < 1 || h.n > (1 << 22)) fail("head: n is ", h.n, ", expected 1 to 2^22");
-  if (h.phases != 1 && h.phases != h.channels) fail("head: phases is ", h.phases, ", expected 1 or channels = ", h.channels);
+  if (h.phases != 1 && h.phases != h.channels)
+    fail("head: phases is ", h.phases, ", expected 1 or channels = ", h.channels);
   if (h.phases == 1 && h.channels > 1 && !(h.kind == kLogisticMixture && h.channels == 3))
     fail("head: kind ", h.kind, " draws one value a step, so phases must be channels = ", h.channels);
-  if (h.kind == kLogisticMixture && h.phases > 1) fail("head: a logistic mixture draws a site at once, phases is ", h.phases);
+  if (h.kind == kLogisticMixture && h.phases > 1)
+    fail("head: a logistic mixture draws a site at once, phases is ", h.phases);
   if (h.params < least_params(h)) fail("head: params is ", h.params, ", expected at least ", least_params(h));
   if (h.kind == kLogisticMixture && (h.levels < 0 || h.levels == 1)) fail("head: levels is ", h.levels);
   if (h.delay != 0 && h.delay != 1) fail("head: delay is ", h.delay, ", expected 0 or 1");
@@ -266,8 +268,10 @@ void check_head(const Program& p) {
     fail("head: the input buffer is ", in.rows, " x ", in.cols, ", the sample ", p.rows, " x ", p.cols);
   if (h.table == -1 && h.enc != 1) fail("head: enc is ", h.enc, " without a table, expected 1");
   const int64_t classes = h.kind == kBernoulli ? 2 : h.n;
-  if (h.table != -1 && (h.kind == kLogisticMixture || h.kind == kGaussianMixture)) fail("head: a table needs class indices");
-  if (h.table != -1 && !inside(h.table, classes * h.enc, p.nconsts)) fail("head: its table leaves the ", p.nconsts, " consts");
+  if (h.table != -1 && (h.kind == kLogisticMixture || h.kind == kGaussianMixture))
+    fail("head: a table needs class indices");
+  if (h.table != -1 && !inside(h.table, classes * h.enc, p.nconsts))
+    fail("head: its table leaves the ", p.nconsts, " consts");
   if (h.start != -1 && !inside(h.start, static_cast<int64_t>(h.channels) * h.enc, p.nconsts))
     fail("head: its start leaves the ", p.nconsts, " consts");
 }

@@ -47,7 +47,8 @@ struct Tables {
   }
 
   // A state (or input) buffer at the end of the arena.
-  int32_t state(int32_t channels, int32_t rows, int32_t cols, int32_t ring_rows, int32_t ring_cols, int32_t kind = kState) {
+  int32_t state(int32_t channels, int32_t rows, int32_t cols, int32_t ring_rows, int32_t ring_cols,
+                int32_t kind = kState) {
     buffers.push_back({channels, rows, cols, ring_rows, ring_cols, kind, p.arena});
     p.arena += int64_t{channels} * ring_rows * ring_cols;
     return buffers.size() - 1;
@@ -81,8 +82,8 @@ class Naive {
   float* at(int32_t buffer, int64_t i, int64_t j, int32_t chan) {
     const Buffer& b = p_.buffers[buffer];
     if (b.kind == kCond || b.kind == kConst) {
-      const float* base = b.kind == kConst ? p_.consts + b.offset
-                                           : a_.cond[b.offset] + int64_t{slot_} * b.rows * b.cols * b.channels;
+      const float* base =
+          b.kind == kConst ? p_.consts + b.offset : a_.cond[b.offset] + int64_t{slot_} * b.rows * b.cols * b.channels;
       return const_cast<float*>(base) + (i * b.cols + j) * b.channels + chan;
     }
     return arena_.data() + b.offset + ((i % b.ring_rows) * b.ring_cols + j % b.ring_cols) * b.channels + chan;
@@ -158,7 +159,8 @@ class Naive {
     switch (m.fn) {
       case kEmbed: return p_.consts[m.b + static_cast<int>(std::clamp(a, 0.0f, m.imm0 - 1)) * m.n + k];
       case kGather: return s[m.a + static_cast<int>(p_.consts[m.b + k])];
-      case kCopy: case kBroadcast: return a;
+      case kCopy:
+      case kBroadcast: return a;
       case kFill: return m.imm0;
       case kRelu: return std::max(a, 0.0f);
       case kAbs: return std::fabs(a);

@@ -44,7 +44,10 @@ class RandomProgram : public Tables {
   void fill_head() {
     Head& h = p.head;
     h.n = h.kind == kBernoulli ? 1 : between(2, 7);
-    h.params = h.kind == kCategorical ? h.n : h.kind == kBernoulli ? 1 : h.kind == kGaussianMixture ? 3 * h.n : 10 * h.n;
+    h.params = h.kind == kCategorical       ? h.n
+               : h.kind == kBernoulli       ? 1
+               : h.kind == kGaussianMixture ? 3 * h.n
+                                            : 10 * h.n;
     h.levels = h.kind == kLogisticMixture ? 256 : 0;
     h.floor_log_scale = -3, h.clip_lo = -2, h.clip_hi = 2;
     const bool table = h.kind == kCategorical && chance(2);
@@ -104,7 +107,8 @@ class RandomProgram : public Tables {
   }
 
   int32_t const_buffer(int32_t channels) {
-    buffers.push_back({channels, p.rows, p.cols, 1, 1, kConst, constants(int64_t{channels} * p.rows * p.cols, reals())});
+    buffers.push_back(
+        {channels, p.rows, p.cols, 1, 1, kConst, constants(int64_t{channels} * p.rows * p.cols, reals())});
     return buffers.size() - 1;
   }
 

@@ -34,7 +34,8 @@ Result call(const Program& p, int64_t cond_floats, const Call& c, Run run) {
   const int64_t values = int64_t{p.rows} * p.cols * p.head.channels;
   Result r{std::vector<float>(c.slots * values), std::vector<float>(c.slots * p.steps * p.head.params)};
   std::vector<float> cond(c.slots * cond_floats);
-  for (int64_t i = 0; i < static_cast<int64_t>(cond.size()); ++i) cond[i] = std::sin(0.37f * (i + c.first * cond_floats));
+  for (int64_t i = 0; i < static_cast<int64_t>(cond.size()); ++i)
+    cond[i] = std::sin(0.37f * (i + c.first * cond_floats));
   const float* conds[] = {cond.data()};
   RunArgs args = {};
   args.slots = c.slots, args.seed = 0x123456789abcdefull, args.first = c.first, args.temperature = 0.9f;
@@ -80,7 +81,7 @@ void compare(RandomProgram& program, int seed, const std::vector<int>& thread_co
 }
 
 void random_programs() {
-  for (int seed = 0; seed < 60; ++seed) {
+  for (int seed = 0; seed < 40; ++seed) {
     RandomProgram program(seed);
     compare(program, seed, {1, 2, 3, 5});
   }
@@ -130,9 +131,7 @@ void baseline_and_known_values() {
     const Result got = execute(e, cond, call), want = naive(p, cond, call);
     CHECK(Result::same(got.out, want.out), "seed %d", seed);
     float worst = 0;
-    for (size_t i = 0; i < got.params.size(); ++i)
-      worst = std::fmax(worst, std::fabs(got.params[i] - want.params[i]));
-    // kGt and kEmbed jump where rounding crosses a threshold; in 40 programs that is rare, and then large.
+    for (size_t i = 0; i < got.params.size(); ++i) worst = std::fmax(worst, std::fabs(got.params[i] - want.params[i]));
     CHECK(worst < 1e-4f, "seed %d: %g", seed, worst);
 
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 3 == 0;
@@ -199,7 +198,12 @@ void side_by_side() {
 void damaged_programs() {
   std::mt19937 random(1);
   int refused = 0, ran = 0;
-  for (int round = 0; round < 3000; ++round) {
+#if defined(__SANITIZE_THREAD__)
+  constexpr int kRounds = 300;  // one thread: there is little to see
+#else
+  constexpr int kRounds = 3000;
+#endif
+  for (int round = 0; round < kRounds; ++round) {
     RandomProgram program(round % 20);
     const auto damage = [&](auto& records) {
       if (records.empty()) return;
@@ -212,7 +216,8 @@ void damaged_programs() {
     switch (random() % 8) {
       case 0: damage(program.buffers); break;
       case 1: damage(program.taps); break;
-      case 2: case 3: damage(program.code); break;
+      case 2:
+      case 3: damage(program.code); break;
       case 4: damage(program.ops); break;
       case 5: damage(random() % 2 ? program.row_items : program.step_items); break;
       case 6: damage(head); break;
@@ -224,7 +229,8 @@ void damaged_programs() {
       Executor e(p, 1, "auto");
       bool other_cond = false;  // than what call() prepares; its size is the caller's promise
       for (const Buffer& b : program.buffers)
-        other_cond |= b.kind == kCond && (b.offset != 0 || int64_t{b.rows} * b.cols * b.channels != program.cond_floats());
+        other_cond |=
+            b.kind == kCond && (b.offset != 0 || int64_t{b.rows} * b.cols * b.channels != program.cond_floats());
       if (other_cond || p.head.params > 5000) continue;
       execute(e, program.cond_floats(), {0, 1});
       ++ran;
@@ -234,7 +240,7 @@ void damaged_programs() {
       ++refused;
     }
   }
-  CHECK(refused > 500 && ran > 500, "%d refused, %d ran", refused, ran);
+  CHECK(refused > kRounds / 6 && ran > kRounds / 6, "%d refused, %d ran", refused, ran);
 }
 
 void wrong_calls() {
@@ -252,9 +258,8 @@ void wrong_calls() {
   CHECK(refuses([&] { Executor(p, 1, "sse9"); }), "unknown isa");
   Executor e(p, 2, "auto");
   CHECK(refuses([&] { execute(e, program.cond_floats(), {0, 0}); }), "no slots");
-  CHECK(refuses([&] {
-    call(p, program.cond_floats(), {}, [&](RunArgs args) { args.temperature = 0, e.run(args); });
-  }), "temperature 0");
+  CHECK(refuses([&] { call(p, program.cond_floats(), {}, [&](RunArgs args) { args.temperature = 0, e.run(args); }); }),
+        "temperature 0");
 }
 
 }  // namespace

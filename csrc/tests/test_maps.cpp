@@ -35,8 +35,8 @@ struct Function {
   const char* name;
   int fn;
   double (*truth)(double);
-  double lo, hi;   // range of the random points
-  double allowed;  // ulps
+  double lo, hi;     // range of the random points
+  double allowed;    // ulps
   double slack = 0;  // absolute error allowed besides
   float imm[3] = {0, 0, 0};
 };
@@ -62,7 +62,8 @@ const Function kTable[] = {
     {"silu", kSilu, [](double x) { return x * sigmoid(x); }, -80, 80, 6},
     {"gelu", kGelu, [](double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }, -6, 6, 6, 4e-7},
     {"gelu tanh", kGeluTanh,
-     [](double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }, -6, 6, 8, 8e-7},
+     [](double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }, -6, 6, 8,
+     8e-7},
     {"elu", kElu, [](double x) { return x > 0 ? 2 * x : 3 * std::expm1(0.5 * x); }, -10, 10, 6, 0, {1.5f, 2, 0.5f}},
     {"leaky relu", kLeakyRelu, [](double x) { return x > 0 ? x : 0.25 * x; }, -10, 10, 1, 0, {0.25f}},
     {"softplus", kSoftplus, [](double x) { return std::log1p(std::exp(2 * x)) / 2; }, -20, 9, 6, 0, {2, 20}},
@@ -102,7 +103,8 @@ void unary(const Kernels& k) {
     for (int n = 1; n <= 40; ++n) {
       std::vector<float> part(n + 1, 123.0f);
       k.map[f.fn](part.data(), x.data() + 3, x.data() + 3, x.data() + 3, n, f.imm);
-      CHECK(std::memcmp(part.data(), y.data() + 3, n * sizeof(float)) == 0, "%s %s: first %d elements", k.name, f.name, n);
+      CHECK(std::memcmp(part.data(), y.data() + 3, n * sizeof(float)) == 0, "%s %s: first %d elements", k.name, f.name,
+            n);
       CHECK(part[n] == 123.0f, "%s %s: wrote past %d elements", k.name, f.name, n);
     }
   }
@@ -115,32 +117,81 @@ void edges(const Kernels& k) {
     float x, want;
   };
   const Edge table[] = {
-      {kExp, kInf, kInf},      {kExp, -kInf, 0},           {kExp, kNan, kNan},        {kExp, 0, 1},
-      {kExp, -100, 3.7835e-44f}, {kExp, 88.72f, 3.3932e38f}, {kExp, 89, kInf},
-      {kExpm1, kInf, kInf},    {kExpm1, -kInf, -1},        {kExpm1, kNan, kNan},      {kExpm1, tiny, tiny},
-      {kExpm1, 88.72f, 3.3932e38f}, {kExpm1, -0.0f, -0.0f},
-      {kLog, 0, -kInf},        {kLog, -1, kNan},           {kLog, kInf, kInf},        {kLog, kNan, kNan},
-      {kLog, 1, 0},            {kLog, tiny, std::log(tiny)}, {kLog, -kInf, kNan},
-      {kLog1p, -1, -kInf},     {kLog1p, -2, kNan},         {kLog1p, kInf, kInf},      {kLog1p, kNan, kNan},
-      {kLog1p, tiny, tiny},    {kLog1p, -0.0f, -0.0f},
-      {kTanh, kInf, 1},        {kTanh, -kInf, -1},         {kTanh, kNan, kNan},       {kTanh, tiny, tiny},
-      {kTanh, -0.0f, -0.0f},   {kTanh, 50, 1},
-      {kSigmoid, kInf, 1},     {kSigmoid, -kInf, 0},       {kSigmoid, kNan, kNan},    {kSigmoid, -100, 3.7835e-44f},
-      {kErf, kInf, 1},         {kErf, -kInf, -1},          {kErf, kNan, kNan},        {kErf, -6, -1},
-      {kSin, kInf, kNan},      {kCos, kNan, kNan},         {kSin, 0, 0},            {kCos, 0, 1},
-      {kRelu, kNan, kNan},     {kRelu, -kInf, 0},          {kClamp, kNan, kNan},      {kClamp, kInf, 2},
-      {kFloor, -0.5f, -1},     {kFloor, 3e9f, 3e9f},       {kFloor, kNan, kNan},      {kFloor, -kInf, -kInf},
-      {kCeil, -0.5f, -0.0f},   {kRound, 2.5f, 2},          {kRound, 3.5f, 4},         {kRound, -0.4f, -0.0f},
-      {kRound, 8388609, 8388609}, {kTrunc, -1.9f, -1},     {kTrunc, kInf, kInf},      {kSqrt, -1, kNan},
-      {kReciprocal, 0, kInf},  {kRsqrt, 0, kInf},          {kSign, kNan, 0},          {kAbs, -kInf, kInf},
-      {kNot, kNan, 0},         {kNeg, 0, -0.0f},           {kFloor, 0.99999994f, 0},  {kExp, most, kInf},
+      {kExp, kInf, kInf},
+      {kExp, -kInf, 0},
+      {kExp, kNan, kNan},
+      {kExp, 0, 1},
+      {kExp, -100, 3.7835e-44f},
+      {kExp, 88.72f, 3.3932e38f},
+      {kExp, 89, kInf},
+      {kExpm1, kInf, kInf},
+      {kExpm1, -kInf, -1},
+      {kExpm1, kNan, kNan},
+      {kExpm1, tiny, tiny},
+      {kExpm1, 88.72f, 3.3932e38f},
+      {kExpm1, -0.0f, -0.0f},
+      {kLog, 0, -kInf},
+      {kLog, -1, kNan},
+      {kLog, kInf, kInf},
+      {kLog, kNan, kNan},
+      {kLog, 1, 0},
+      {kLog, tiny, std::log(tiny)},
+      {kLog, -kInf, kNan},
+      {kLog1p, -1, -kInf},
+      {kLog1p, -2, kNan},
+      {kLog1p, kInf, kInf},
+      {kLog1p, kNan, kNan},
+      {kLog1p, tiny, tiny},
+      {kLog1p, -0.0f, -0.0f},
+      {kTanh, kInf, 1},
+      {kTanh, -kInf, -1},
+      {kTanh, kNan, kNan},
+      {kTanh, tiny, tiny},
+      {kTanh, -0.0f, -0.0f},
+      {kTanh, 50, 1},
+      {kSigmoid, kInf, 1},
+      {kSigmoid, -kInf, 0},
+      {kSigmoid, kNan, kNan},
+      {kSigmoid, -100, 3.7835e-44f},
+      {kErf, kInf, 1},
+      {kErf, -kInf, -1},
+      {kErf, kNan, kNan},
+      {kErf, -6, -1},
+      {kSin, kInf, kNan},
+      {kCos, kNan, kNan},
+      {kSin, 0, 0},
+      {kCos, 0, 1},
+      {kRelu, kNan, kNan},
+      {kRelu, -kInf, 0},
+      {kClamp, kNan, kNan},
+      {kClamp, kInf, 2},
+      {kFloor, -0.5f, -1},
+      {kFloor, 3e9f, 3e9f},
+      {kFloor, kNan, kNan},
+      {kFloor, -kInf, -kInf},
+      {kCeil, -0.5f, -0.0f},
+      {kRound, 2.5f, 2},
+      {kRound, 3.5f, 4},
+      {kRound, -0.4f, -0.0f},
+      {kRound, 8388609, 8388609},
+      {kTrunc, -1.9f, -1},
+      {kTrunc, kInf, kInf},
+      {kSqrt, -1, kNan},
+      {kReciprocal, 0, kInf},
+      {kRsqrt, 0, kInf},
+      {kSign, kNan, 0},
+      {kAbs, -kInf, kInf},
+      {kNot, kNan, 0},
+      {kNeg, 0, -0.0f},
+      {kFloor, 0.99999994f, 0},
+      {kExp, most, kInf},
   };
   const float imm[3] = {-1, 2, 0};
   for (const Edge& e : table) {
     float y;
     k.map[e.fn](&y, &e.x, &e.x, &e.x, 1, imm);
-    const bool close = std::isnan(e.want) ? std::isnan(y)
-                                          : y == e.want || std::fabs(y - e.want) <= 2e-4f * std::fabs(e.want);
+    const bool close =
+        std::isnan(e.want) ? std::isnan(y) : y == e.want || std::fabs(y - e.want) <= 2e-4f * std::fabs(e.want);
     CHECK(close && (e.want != 0 || std::signbit(y) == std::signbit(e.want)), "%s fn %d(%g) = %g, expected %g", k.name,
           e.fn, e.x, y, e.want);
   }
@@ -154,8 +205,8 @@ void several_operands(const Kernels& k) {
     float y[10];
     k.map[fn](y, a, b, c, 10, nullptr);
     for (int i = 0; i < 10; ++i)
-      CHECK(y[i] == want[i] || (std::isnan(y[i]) && std::isnan(want[i])), "%s fn %d [%d] = %g, expected %g", k.name, fn, i,
-            y[i], want[i]);
+      CHECK(y[i] == want[i] || (std::isnan(y[i]) && std::isnan(want[i])), "%s fn %d [%d] = %g, expected %g", k.name, fn,
+            i, y[i], want[i]);
   };
   check(kAdd, {8.5f, -2.5f, 2.5f, -8.5f, 2, 3, kNan, kNan, 9, -3});
   check(kSub, {2.5f, -8.5f, 8.5f, -2.5f, -2, 3, kNan, kNan, 3, -9});
@@ -174,8 +225,8 @@ void several_operands(const Kernels& k) {
   check(kOr, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1});
   check(kMulAdd, {17.5f, -14.5f, -13.5f, 20.5f, 5, 6, kNan, kNan, 27, -8});
   check(kWhere, {3, 3, -3, -3, 5, 0, 1, kNan, 3, 3});
-  check(kPow, {std::pow(5.5f, 3.0f), std::pow(-5.5f, 3.0f), std::pow(5.5f, -3.0f), std::pow(-5.5f, -3.0f), 0, 1, kNan, kNan,
-               216, -216});
+  check(kPow, {std::pow(5.5f, 3.0f), std::pow(-5.5f, 3.0f), std::pow(5.5f, -3.0f), std::pow(-5.5f, -3.0f), 0, 1, kNan,
+               kNan, 216, -216});
   float y;
   k.map[kSum](&y, c, c, c, 10, nullptr);
   CHECK(y == 55, "%s sum %g", k.name, y);

@@ -33,11 +33,19 @@ class CpuExecutor(Executor):
     name = "cpu"
 
     def __init__(
-        self, plan: Plan, harvester: Harvester, dtype: torch.dtype = torch.float32,
-        threads: int | None = None, isa: str = "auto",
+        self,
+        plan: Plan,
+        harvester: Harvester,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        isa: str = "auto",
     ) -> None:
         self.plan, self.harvester, self.dtype, self.isa = plan, harvester, dtype, isa
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (threads or os.cpu_count() or 1)
+        self.threads = (
+            threads or len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else (threads or os.cpu_count() or 1)
+        )
         self._native = native()
         self._engines: dict[int | None, Any] = {}
         self.engine(None)

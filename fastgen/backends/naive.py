@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +28,16 @@ class NaiveExecutor(Executor):
     def _loop(self, spec: Spec, r: Request) -> tuple[Tensor, Tensor | None]:
         head = spec.head
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        out = torch.zeros(r.slots, spec.grid[0] * spec.grid[1], spec.channels) if r.out is None else r.out.zero_()
-        params = torch.zeros(r.slots, spec.steps, head.num_params(spec.channels)) if r.want_params else None
+        out = (
+            torch.zeros(r.slots, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
+            if r.out is None
+            else r.out.zero_()
+        )
+        params = (
+            torch.zeros(r.slots, spec.steps, head.num_params(spec.channels), dtype=torch.float32)
+            if r.want_params
+            else None
+        )
         samples = torch.arange(r.slots) + r.first
         sites = spec.step_site().tolist()
         table = spec.step_table().reshape(spec.phases, -1)
@@ -47,6 +54,3 @@ class NaiveExecutor(Executor):
             value = head.draw(theta, u, r.temperature, r.known(site, which))
             out[:, site, which] = value
         return out, params
-
-
-

@@ -44,7 +44,9 @@ REDUCE = {"sum": lambda a: a.sum(-1), "max": lambda a: a.amax(-1), "min": lambda
 class Machine:
     """One run of a program: buffers [slots, ring_rows, ring_cols, C], poisoned with NaN."""
 
-    def __init__(self, program: T.Program, slots: int, cond: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, program: T.Program, slots: int, cond: list[Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.p, self.slots, self.device, self.dtype = program, slots, device, dtype
         self.consts = torch.from_numpy(program.consts).to(device, dtype)
         if program.weights.dtype == np.uint16:
@@ -81,7 +83,9 @@ class Machine:
     def op(self, op: Any, qi: Tensor, qj: Tensor) -> None:
         """Runs one op at iteration sites."""
         di, dj = qi * int(op["up_i"]) + int(op["par_i"]), qj * int(op["up_j"]) + int(op["par_j"])
-        scratch = torch.full((self.slots, len(qi), int(op["scratch"])), float("nan"), device=self.device, dtype=self.dtype)
+        scratch = torch.full(
+            (self.slots, len(qi), int(op["scratch"])), float("nan"), device=self.device, dtype=self.dtype
+        )
         acc = int(op["acc"])
         if acc:
             scratch[..., :acc] = self._linear(op, qi, qj, di, dj)
@@ -111,7 +115,11 @@ class Machine:
 
         def at(x: Any, count: int) -> Tensor:
             x = int(x)
-            return scratch[..., x : x + count] if x >= 0 else self.consts[~x : ~x + count].expand(*scratch.shape[:2], count)
+            return (
+                scratch[..., x : x + count]
+                if x >= 0
+                else self.consts[~x : ~x + count].expand(*scratch.shape[:2], count)
+            )
 
         if fn == "load":
             scratch[..., dst : dst + n] = self.read(self.p.taps[int(m["a"])], qi, qj, imm[0])
@@ -166,8 +174,12 @@ class ReferenceExecutor(Executor):
     name = "reference"
 
     def __init__(
-        self, plan: Plan, harvester: Harvester, device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype = torch.float32,
+        self,
+        plan: Plan,
+        harvester: Harvester,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        weight_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.plan, self.harvester, self.dtype, self.weight_dtype = plan, harvester, dtype, weight_dtype
         self.device = device or torch.device("cpu")
@@ -183,8 +195,8 @@ class ReferenceExecutor(Executor):
     def _loop(self, p: T.Program, m: Machine, r: Request) -> tuple[Tensor, Tensor | None]:
         head, spec = self.plan.spec.head, self.plan.spec
         channels, phases = spec.channels, spec.phases
-        out = torch.zeros(r.slots, p.rows * p.cols, channels) if r.out is None else r.out.zero_()
-        params = torch.zeros(r.slots, p.steps, int(p.head["params"])) if r.want_params else None
+        out = torch.zeros(r.slots, p.rows * p.cols, channels, dtype=torch.float32) if r.out is None else r.out.zero_()
+        params = torch.zeros(r.slots, p.steps, int(p.head["params"]), dtype=torch.float32) if r.want_params else None
         samples = torch.arange(r.slots) + r.first
         for t in range(p.steps):
             slot, periods = t % p.period, t // p.period
@@ -208,7 +220,10 @@ class ReferenceExecutor(Executor):
     def _params(self, m: Machine, t: int, site: int) -> Tensor:
         p = m.p
         f = t % int(p.head["phases"]) if self.plan.spec.order is None else self._phase[t]
-        qi, qj = torch.tensor([site // p.cols], device=m.device), torch.tensor([site % p.cols], device=m.device)
+        qi, qj = (
+            torch.tensor([site // p.cols], device=m.device),
+            torch.tensor([site % p.cols], device=m.device),
+        )
         first, last = (int(p.head["tap0"]) + int(p.head["tap_ptr"][k]) for k in (f, f + 1))
         return torch.cat([m.read(tap, qi, qj)[:, 0] for tap in p.taps[first:last]], -1)
 

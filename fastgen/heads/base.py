@@ -98,9 +98,7 @@ class Head(ABC):
         return (self.num_params(channels),)
 
     # ---- draws ---------------------------------------------------------------------------------------------
-    def draw(
-        self, params: Tensor, uniforms: Tensor, temperature: float = 1.0, known: Tensor | None = None
-    ) -> Tensor:
+    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0, known: Tensor | None = None) -> Tensor:
         """The value that the uniforms pick: params [..., P], uniforms [..., U] -> float32 [..., V].
 
         temperature > 0 divides logits and multiplies scales. known [..., V]: values that are not drawn (NaN:
@@ -137,9 +135,7 @@ class Head(ABC):
             raise ValueError(f"temperature={given}: expected a finite float32 > 0")
         needed = self.num_uniforms(self._channels_of(params.shape[-1]))
         if uniforms.shape[-1] != needed:
-            raise ShapeError(
-                f"{self.name}: uniforms {list(uniforms.shape)}; expected {needed} in the last axis"
-            )
+            raise ShapeError(f"{self.name}: uniforms {list(uniforms.shape)}; expected {needed} in the last axis")
         try:
             lead = np.broadcast_shapes(params.shape[:-1], uniforms.shape[:-1])
         except ValueError:

@@ -25,14 +25,10 @@ def encoding_table(n: int, encode: str | Tensor) -> Tensor | None:
     """
     if isinstance(encode, Tensor):
         if encode.dim() != 2 or encode.shape[0] != n or encode.shape[1] < 1 or not encode.is_floating_point():
-            raise ShapeError(
-                f"encode is a table {encode.dtype} {list(encode.shape)}; expected floats [{n}, enc]"
-            )
+            raise ShapeError(f"encode is a table {encode.dtype} {list(encode.shape)}; expected floats [{n}, enc]")
         return encode.detach().to("cpu", torch.float32, copy=True)
     if encode not in ENCODINGS:
-        raise ValueError(
-            f"encode={encode!r}: expected a table [{n}, enc] or one of {', '.join(map(repr, ENCODINGS))}"
-        )
+        raise ValueError(f"encode={encode!r}: expected a table [{n}, enc] or one of {', '.join(map(repr, ENCODINGS))}")
     if encode == "index":
         return None
     if encode == "onehot":
@@ -98,7 +94,5 @@ class Categorical(Head):
     def _explained(self, params: Tensor, error: Tensor, uniforms: Tensor, value: Tensor, t: float) -> Tensor:
         possible = pickable(params, error, uniforms[..., 0], t)
         value = value.expand(*possible.shape[:-1], 1)
-        index = (
-            value.nan_to_num(-1).clamp(0, self.n - 1).long()
-        )  # what is no class of ours has no explanation
+        index = value.nan_to_num(-1).clamp(0, self.n - 1).long()  # what is no class of ours has no explanation
         return (possible.gather(-1, index) & (index == value))[..., 0]

@@ -122,15 +122,12 @@ class LogisticMixture(Head):
         parts = self._split(params)
         x = value.to(params)[..., None]  # [..., C, 1]
         if x.shape[-2] != parts.means.shape[-2]:
-            raise ShapeError(
-                f"LogisticMixture: value {list(value.shape)}; expected {parts.means.shape[-2]} last"
-            )
+            raise ShapeError(f"LogisticMixture: value {list(value.shape)}; expected {parts.means.shape[-2]} last")
         centred = x - _conditional_means(parts, x)
         log_scales = parts.log_scales.clamp(min=self.floor)
-        if self.levels is None:
-            log_p = _log_density(centred, log_scales)
-        else:
-            log_p = _log_bin(x, centred, log_scales, self.levels)
+        log_p = (
+            _log_density(centred, log_scales) if self.levels is None else _log_bin(x, centred, log_scales, self.levels)
+        )
         return (log_p.sum(-2) + parts.logits.log_softmax(-1)).logsumexp(-1)
 
     # ---- ties ----------------------------------------------------------------------------------------------

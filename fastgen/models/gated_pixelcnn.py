@@ -65,9 +65,7 @@ class GatedLayer(nn.Module):
         self.label = nn.Embedding(classes, 2 * dim) if classes else None
         self.cond = nn.Conv2d(cond_channels, 4 * dim, 1, bias=False) if cond_channels else None
 
-    def forward(
-        self, v: Tensor, h: Tensor, label: Tensor | None, cond: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, v: Tensor, h: Tensor, label: Tensor | None, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         v_sum = self.vertical(v)
         h_sum = self.horizontal(h) + self.vertical_to_horizontal(v_sum)
         if self.label is not None:

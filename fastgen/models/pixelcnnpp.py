@@ -103,12 +103,8 @@ class Level(nn.Module):
         super().__init__()
         skips = (dim, 2 * dim) if outward else (0, dim)
         self.outward = outward
-        self.vertical = nn.ModuleList(
-            GatedResnet(dim, True, skips[0], dropout, classes) for _ in range(blocks)
-        )
-        self.horizontal = nn.ModuleList(
-            GatedResnet(dim, False, skips[1], dropout, classes) for _ in range(blocks)
-        )
+        self.vertical = nn.ModuleList(GatedResnet(dim, True, skips[0], dropout, classes) for _ in range(blocks))
+        self.horizontal = nn.ModuleList(GatedResnet(dim, False, skips[1], dropout, classes) for _ in range(blocks))
 
     def forward(
         self, u: Tensor, ul: Tensor, us: list[Tensor], uls: list[Tensor], label: Tensor | None
@@ -152,9 +148,7 @@ class PixelCNNpp(ReferenceModel):
         super().__init__()
         channels, rows, cols = shape
         if channels not in (1, 3) or rows % 4 or cols % 4:
-            raise ShapeError(
-                f"PixelCNNpp: shape {tuple(shape)}, expected 1 or 3 channels, H and W divisible by 4"
-            )
+            raise ShapeError(f"PixelCNNpp: shape {tuple(shape)}, expected 1 or 3 channels, H and W divisible by 4")
         self.config: dict[str, Any] = dict(
             model="pixelcnnpp", nr_resnet=nr_resnet, nr_filters=nr_filters, nr_mix=nr_mix, shape=list(shape),
             dropout=dropout, classes=classes,

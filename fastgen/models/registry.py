@@ -15,9 +15,7 @@ CLASSES: dict[str, type[ReferenceModel]] = {
     "wavenet": WaveNet,
 }
 
-_NV = dict(
-    model="wavenet", layers=20, stacks=2, kernel_size=2, input_kernel=2, output="softmax", scaled=False
-)
+_NV = dict(model="wavenet", layers=20, stacks=2, kernel_size=2, input_kernel=2, output="softmax", scaled=False)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "pixelcnnpp-cifar": dict(model="pixelcnnpp", nr_resnet=5, nr_filters=160, nr_mix=10, shape=[3, 32, 32]),

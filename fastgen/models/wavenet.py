@@ -154,9 +154,7 @@ class WaveNet(ReferenceModel):
         self.speaker = nn.Embedding(speakers, global_channels) if global_channels else None
 
     @staticmethod
-    def _check_sizes(
-        layers: int, stacks: int, gate: int, output: str, global_channels: int, speakers: int
-    ) -> None:
+    def _check_sizes(layers: int, stacks: int, gate: int, output: str, global_channels: int, speakers: int) -> None:
         if output not in ("mol", "softmax"):
             raise ValueError(f"WaveNet: output={output!r}, expected 'mol' or 'softmax'")
         if layers % stacks:
@@ -164,9 +162,7 @@ class WaveNet(ReferenceModel):
         if gate % 2:
             raise ValueError(f"WaveNet: gate={gate}, expected an even number (two halves)")
         if bool(global_channels) != bool(speakers):
-            raise ValueError(
-                f"WaveNet: global_channels={global_channels} and speakers={speakers} go together"
-            )
+            raise ValueError(f"WaveNet: global_channels={global_channels} and speakers={speakers} go together")
 
     @property
     def receptive_field(self) -> int:
@@ -202,9 +198,7 @@ class WaveNet(ReferenceModel):
 
     def _check(self, x: Tensor, cond: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
         if x.dim() != 3 or x.shape[1] != self.channels or not x.is_floating_point():
-            raise ShapeError(
-                f"WaveNet: x is {x.dtype} {list(x.shape)}, expected float [B, {self.channels}, T]"
-            )
+            raise ShapeError(f"WaveNet: x is {x.dtype} {list(x.shape)}, expected float [B, {self.channels}, T]")
         expected: dict[str, tuple[int, ...]] = {}
         if self.local_channels:
             expected["local"] = (x.shape[0], self.local_channels, -(-x.shape[2] // self.hop))

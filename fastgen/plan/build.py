@@ -109,8 +109,10 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
     return plan
 
 
-def _units(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Graph, list[Unit], list[list[tuple[int, int]]]]:
-    x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
+def _units(
+    model: nn.Module, spec: Spec, cond: tuple[Any, ...]
+) -> tuple[Graph, list[Unit], list[list[tuple[int, int]]]]:
+    x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cpu":
         raise UnsupportedError(f"the module is on {device}; planning runs on the CPU (model.cpu())")

@@ -8,6 +8,7 @@ no rules; what does is in rules.py. Weight norm, masks, dtype casts of weights a
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,10 +25,21 @@ from fastgen.plan import fit
 from fastgen.plan.ir import CondNode, Graph, InputNode, Node, OpaqueNode, Pair
 
 METADATA_OPS = frozenset(
-    ["transpose_", "t_", "squeeze_", "unsqueeze_", "detach_", "swapaxes_", "swapdims_", "as_strided_", "set_", "resize_"]
+    [
+        "transpose_",
+        "t_",
+        "squeeze_",
+        "unsqueeze_",
+        "detach_",
+        "swapaxes_",
+        "swapdims_",
+        "as_strided_",
+        "set_",
+        "resize_",
+    ]
 )
 FRESH_OPS = frozenset(
-    f"{a}_{b}" for a in ("new", ) for b in ("zeros", "ones", "full", "empty", "empty_strided")
+    f"{a}_{b}" for a in ("new",) for b in ("zeros", "ones", "full", "empty", "empty_strided")
 ) | frozenset(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"])
 
 WHOLE = {
@@ -51,12 +63,20 @@ class ModulePath:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks every module's forward for the duration."""
+        """Hooks the forward of every module that this thread runs, for the duration."""
         hooks = nn.modules.module
-        pre = hooks.register_module_forward_pre_hook(
-            lambda m, _: self.stack.append(self.names.get(id(m), type(m).__name__))
-        )
-        post = hooks.register_module_forward_hook(lambda *_: (self.stack.pop(), None)[1], always_call=True)
+        here = threading.get_ident()
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == here:
+                self.stack.append(self.names.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
+            if threading.get_ident() == here:
+                self.stack.pop()
+
+        pre = hooks.register_module_forward_pre_hook(enter)
+        post = hooks.register_module_forward_hook(leave, always_call=True)
         try:
             yield
         finally:
@@ -81,7 +101,13 @@ class _Shadow:
     def window(self, t: Tensor) -> fit.Field | None:
         """The closed form as t [1, C, (H,) W] sees it: whole channels, a box of sites."""
         f = self.field
-        if f is None or t.dim() not in (3, 4) or t.shape[0] != 1 or min(t.shape) < 1 or t.element_size() != self.itemsize:
+        if (
+            f is None
+            or t.dim() not in (3, 4)
+            or t.shape[0] != 1
+            or min(t.shape) < 1
+            or t.element_size() != self.itemsize
+        ):
             return None
         (height, width), plane = f.grid, f.grid[0] * f.grid[1]
         wanted = (plane, width, 1) if t.dim() == 4 else (plane, 1)
@@ -210,14 +236,21 @@ class Tracer(TorchDispatchMode):
         if point not in self.points:
             self.points.append(point)
         node = self.add(
-            CondNode, "cond", index.shape[0], grid,
-            point=self.points.index(point), gather=index, tensor_shape=tuple(t.shape),
+            CondNode,
+            "cond",
+            index.shape[0],
+            grid,
+            point=self.points.index(point),
+            gather=index,
+            tensor_shape=tuple(t.shape),
         )
         return node.index
 
     # ---- dispatch ------------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        from fastgen.plan import rules  # the two modules are one room with a door: rules need the tracer's type
+        from fastgen.plan import (
+            rules,
+        )  # the two modules are one room with a door: rules need the tracer's type
 
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
@@ -239,7 +272,9 @@ class _WholeCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in WHOLE and any(self.tracer.dynamic(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
-            raise UnsupportedError(f"layer {self.tracer.path.current}: {name} is {WHOLE[name]}, which is not planned yet")
+            raise UnsupportedError(
+                f"layer {self.tracer.path.current}: {name} is {WHOLE[name]}, which is not planned yet"
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -273,7 +308,7 @@ def capture(
     path = ModulePath(model)
     tracer = Tracer(path)
     x = x.clone()
-    with eval_mode(model), path.watching(), torch.backends.mkldnn.flags(enabled=False):
+    with eval_mode(model), path.watching():
         _try_forward(model, x, cond, path)
         ids, channels, grid = input_ids(0)
         tracer.add(InputNode, "input", channels, grid)

@@ -78,7 +78,13 @@ def _hoist(unit: Unit, by_id: dict[int, Unit], clock: Clock, new_id: int) -> Uni
     if sum(len(t.ref.chans) for t in early) < MIN_HOIST:
         return None
     hoisted = replace(
-        unit, id=new_id, taps=early, cls="row", when=start, live=unit.live.clone(), ready=torch.zeros_like(unit.ready)
+        unit,
+        id=new_id,
+        taps=early,
+        cls="row",
+        when=start,
+        live=unit.live.clone(),
+        ready=torch.zeros_like(unit.ready),
     )
     unit.taps, unit.bias, unit.partial = late, None, new_id
     return hoisted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,9 @@ class Coder:
         self.top += ceil_panel(n)
         return start
 
-    def _emit(self, fn: str, dst: int, a: int = 0, b: int = 0, c: int = 0, n: int = 0, imm: tuple[float, ...] = ()) -> None:
+    def _emit(
+        self, fn: str, dst: int, a: int = 0, b: int = 0, c: int = 0, n: int = 0, imm: tuple[float, ...] = ()
+    ) -> None:
         self.code.append((FN[fn], dst, a, b, c, n, *(*imm, 0.0, 0.0, 0.0)[:3]))
 
     def _unit(self, unit: Unit) -> None:
@@ -125,7 +128,7 @@ class Coder:
                 self.where[unit.id] = address
                 return
         dst = self.where[unit.id] = self._alloc(unit.channels)
-        for lo, hi in zip(cuts, cuts[1:], strict=False):
+        for lo, hi in itertools.pairwise(cuts):
             args = []
             for pieces in operands:
                 piece = next(p for p in pieces if p.lo <= lo and hi <= p.hi)

@@ -130,7 +130,11 @@ def _candidates(src: Tensor, dst: Tensor) -> list[Pair]:
 def _axis(src: Tensor, dst: Tensor, dyn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per lane (mul, div, off) with src = floor((dst * mul + off) / div) wherever dyn; src, dyn [L, S], dst [S]."""
     lanes = src.shape[0]
-    mul, div, off = torch.ones(lanes, dtype=torch.int64), torch.ones(lanes, dtype=torch.int64), torch.zeros(lanes, dtype=torch.int64)
+    mul, div, off = (
+        torch.ones(lanes, dtype=torch.int64),
+        torch.ones(lanes, dtype=torch.int64),
+        torch.zeros(lanes, dtype=torch.int64),
+    )
 
     def attempt(rows: Tensor, m: int, d: int) -> Tensor:
         gap = src[rows] * d - dst * m
@@ -235,7 +239,9 @@ def runs(lanes: list[int]) -> list[tuple[int, int]]:
     return out
 
 
-def pieces_of(groups: list[Lanes], constant: list[int], values: Tensor, i: Tensor, j: Tensor, grid: Pair) -> list[Piece]:
+def pieces_of(
+    groups: list[Lanes], constant: list[int], values: Tensor, i: Tensor, j: Tensor, grid: Pair
+) -> list[Piece]:
     """Operand pieces in lane order; `values` [L, S] are the real ones, used where an element is constant."""
     pieces = []
     for g in groups:

@@ -69,10 +69,7 @@ def _host(unit: Unit, home: dict[int, Instr], instrs: list[Instr]) -> Instr | No
         return None
     if not bool((unit.when[:h, :w] == lead.when[:h, :w])[live].all()):
         return None
-    if any(r.at.lo != (0, 0) or r.at.hi[0] < h or r.at.hi[1] < w for r in inside):
-        if any(not _covers(r, unit) for r in inside):
-            return None
-    return last
+    return last if all(_covers(r, unit) for r in inside) else None
 
 
 def _covers(ref: Ref, unit: Unit) -> bool:

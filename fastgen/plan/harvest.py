@@ -104,12 +104,12 @@ class Harvester:
         x = spec.encode(torch.zeros(batch, spec.grid[0] * spec.grid[1], spec.channels))
         path = ModulePath(self.model)
         mode = _Harvest(path, self.graph.points, x)
-        with eval_mode(self.model), path.watching(), torch.backends.mkldnn.flags(enabled=False), mode:
+        with eval_mode(self.model), path.watching(), mode:
             try:
                 self.model(x, *cond)
             except _Done:
                 return mode.found
-        lost = [p for k, p in enumerate(self.graph.points) if k not in mode.found][0]
+        lost = next(p for k, p in enumerate(self.graph.points) if k not in mode.found)
         raise UnsupportedError(
             f"forward took another path than at compile time: layer {lost[0]} no longer calls aten.{lost[1]} "
             f"{lost[2] + 1} times"
@@ -119,7 +119,9 @@ class Harvester:
         """The node's values [batch, C, H, W] out of the tensor it was found in."""
         shape = node.tensor_shape
         if value.dim() != len(shape):
-            raise UnsupportedError(f"layer {node.path}: conditioning has {value.dim()} axes, at compile time {len(shape)}")
+            raise UnsupportedError(
+                f"layer {node.path}: conditioning has {value.dim()} axes, at compile time {len(shape)}"
+            )
         index = list(torch.unravel_index(node.gather, shape)) if shape else []
         cols = node.grid[1]
         if spec.sequence and cols > 1:

@@ -112,10 +112,10 @@ class _Packer:
 
     # ---- buffers -------------------------------------------------------------------------------------------------
     def _grow_cols(self, cols: int) -> int:
-        """Columns of a grid at the requested length; grids scale with the sequence."""
-        if not self.grow:
+        """Columns of a grid at the requested length; grids scale with the sequence, single values do not."""
+        if not self.grow or cols == 1:
             return cols
-        return cols + round(self.grow * cols / self.layout.grid[1])
+        return max(1, cols - (-self.grow * cols) // self.layout.grid[1])
 
     def _buffer(self, channels: int, grid: Pair, kind: int, ring: int | None, offset: int = 0) -> int:
         rows, cols = grid[0], self._grow_cols(grid[1]) if grid[0] == 1 else grid[1]
@@ -143,7 +143,10 @@ class _Packer:
         rings = self._rings()
         for instr in lay.instrs:
             for u in instr.stored:
-                self.home[u.id] = (self._buffer(u.channels, u.grid, T.STATE, rings[u.id]), tuple(range(u.channels)))
+                self.home[u.id] = (
+                    self._buffer(u.channels, u.grid, T.STATE, rings[u.id]),
+                    tuple(range(u.channels)),
+                )
 
     def _readers(self) -> dict[int, list[tuple[Ref, Unit, Pair]]]:
         out: dict[int, list[tuple[Ref, Unit, Pair]]] = {}
@@ -164,7 +167,9 @@ class _Packer:
                 rings[u.id] = max([1] + [_lag(u.live, u.when, r, v, par) for r, v, par in readers.get(u.id, [])])
         for u in self.layout.units:
             if u.partial is not None:
-                rings[u.partial] = max(rings[u.partial], _partial_lag(u, next(p for p in self.layout.units if p.id == u.partial)))
+                rings[u.partial] = max(
+                    rings[u.partial], _partial_lag(u, next(p for p in self.layout.units if p.id == u.partial))
+                )
         steps = _param_times(self.layout)
         for f, chans in enumerate(self.layout.params):
             for uid in {k for k, _ in chans}:
@@ -243,12 +248,14 @@ class _Packer:
         record = self._head(head)
         row_items, row_ptr, step_items, step_ptr = self._items()
         weights = torch.cat(self.weights) if self.weights else torch.zeros(0, dtype=self.weight_dtype)
-        blob = weights.numpy() if self.weight_dtype == torch.float32 else weights.view(torch.int16).numpy().view(np.uint16)
+        blob = (
+            weights.numpy() if self.weight_dtype == torch.float32 else weights.view(torch.int16).numpy().view(np.uint16)
+        )
         cols = lay.grid[1] + self.grow
         return T.Program(
             np.array([tuple(b) for b in self.buffers], T.BUFFER), np.array(self._stretched_taps(), T.TAP),
             np.array(self.code, T.MICRO), np.array(self.ops, T.OP), row_items, row_ptr, step_items, step_ptr,
-            lay.step_site[: self.period].to(torch.int32).numpy(), blob, self._consts(), record,
+            lay.step_site[: self.period].clamp(max=lay.grid[0] * cols - 1).to(torch.int32).numpy(), blob, self._consts(), record,
             lay.grid[0], cols, len(lay.step_site) + self.grow * lay.phases, lay.row_len, self.period,
             max(self.arena, T.PANEL), self.cond,
         )  # fmt: skip
@@ -262,22 +269,35 @@ class _Packer:
         return self._plan_grid[buf]
 
     def _stretched_taps(self) -> list[tuple[int, ...]]:
-        """Bounds moved with the end of the sequence."""
-        if not self.grow:
+        """Bounds at the end of the sequence, moved there. What the sample itself decides never looks past the newest
+        value, so where the planned length ended is no bound for it."""
+        if not self.layout.sequence:
             return self.taps
         out = []
         for row in self.taps:
-            grid = self._plan_grid[row[0]]
+            buffer, grid = self.buffers[row[0]], self._plan_grid[row[0]]
             hi = row[12]
-            if grid[0] == 1 and hi > grid[1] // 2:
-                hi += self._grow_cols(grid[1]) - grid[1]
+            if grid[0] == 1 and grid[1] > 1 and hi > grid[1] // 2:
+                hi = buffer[2] if buffer[5] in (T.STATE, T.INPUT) else max(0, hi + buffer[2] - grid[1])
             out.append((*row[:12], hi))
         return out
 
     def _head(self, head: dict[str, Any]) -> Any:
         lay = self.layout
         record = np.zeros((), T.HEAD)
-        for key in ("kind", "channels", "phases", "n", "levels", "params", "enc", "delay", "floor_log_scale", "clip_lo", "clip_hi"):
+        for key in (
+            "kind",
+            "channels",
+            "phases",
+            "n",
+            "levels",
+            "params",
+            "enc",
+            "delay",
+            "floor_log_scale",
+            "clip_lo",
+            "clip_hi",
+        ):
             record[key] = head[key]
         record["input"] = 0
         record["table"] = -1 if head["table"] is None else self.consts.add(head["table"].float().numpy())
@@ -303,7 +323,13 @@ def _advance(when: Tensor, q: Tensor, period: int, steps: int) -> int | None:
     advance = int(inside.sum())
     if advance == 0:
         return None
-    rule = dict(zip((q[inside] % advance).tolist(), zip(when[inside].tolist(), q[inside].tolist(), strict=True), strict=True))
+    rule = dict(
+        zip(
+            (q[inside] % advance).tolist(),
+            zip(when[inside].tolist(), q[inside].tolist(), strict=True),
+            strict=True,
+        )
+    )
     if len(rule) != advance:
         return None
     for t, site in zip(when.tolist(), q.tolist(), strict=True):

@@ -68,8 +68,7 @@ def merge_sums(graph: Graph) -> Graph:
         biases = [t.bias for t in pair if t.bias is not None]
         bias = biases[0] if biases else None
         if len(biases) == 2:
-            x, y = (t if t.dim() == 1 or max(len(u.shape) for u in biases) == 1 else t for t in biases)
-            bias = _plus(x, y)
+            bias = _plus(*biases)
         nodes[k] = TapsNode(node.index, b.path, "conv+conv", node.channels, node.grid, taps=a.taps + b.taps, bias=bias)
     return Graph(nodes, graph.params, graph.points, graph.notes)
 

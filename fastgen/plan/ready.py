@@ -117,7 +117,10 @@ def tap_columns(tap: TapW, source: Ready) -> list[tuple[int, Tensor]]:
 def _taps(node: TapsNode, done: list[Ready]) -> Ready:
     columns = [(tap, g, use) for tap in node.taps for g, use in tap_columns(tap, done[tap.ref.node]) if bool(use.any())]
     if not columns:
-        return Ready(torch.zeros(node.channels, dtype=torch.int64), torch.full((1, *node.grid), NEVER, dtype=torch.int32))
+        return Ready(
+            torch.zeros(node.channels, dtype=torch.int64),
+            torch.full((1, *node.grid), NEVER, dtype=torch.int32),
+        )
     pattern = torch.stack([use for _, _, use in columns], 1)
     if bool(pattern.all()):
         rows, group = pattern[:1], torch.zeros(node.channels, dtype=torch.int64)

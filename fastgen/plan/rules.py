@@ -28,15 +28,52 @@ Ids = Tensor | fit.Field
 Rule = Callable[["Tracer", Any, Tensor, tuple[Any, ...], dict[str, Any]], Ids]
 
 IDENTITY = frozenset(
-    ["clone", "contiguous", "detach", "alias", "_unsafe_view", "lift_fresh", "lift_fresh_copy", "reshape", "view_copy",
-     "native_dropout", "dropout", "_reshape_copy", "expand_copy", "positive"]
+    [
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "_unsafe_view",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "reshape",
+        "view_copy",
+        "native_dropout",
+        "dropout",
+        "_reshape_copy",
+        "expand_copy",
+        "positive",
+    ]
 )
 MOVES = frozenset(
-    ["repeat", "roll", "flip", "index_select", "tril", "triu", "repeat_interleave", "im2col",
-     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-     "_upsample_nearest_exact2d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "reflection_pad1d",
-     "reflection_pad2d", "replication_pad1d", "replication_pad2d", "unfold_copy", "diagonal_copy", "rot90", "gather",
-     "slice_scatter", "select_scatter"]
+    [
+        "repeat",
+        "roll",
+        "flip",
+        "index_select",
+        "tril",
+        "triu",
+        "repeat_interleave",
+        "im2col",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "reflection_pad1d",
+        "reflection_pad2d",
+        "replication_pad1d",
+        "replication_pad2d",
+        "unfold_copy",
+        "diagonal_copy",
+        "rot90",
+        "gather",
+        "slice_scatter",
+        "select_scatter",
+    ]
 )
 REFUSED = {
     "_scaled_dot_product": "attention",
@@ -46,7 +83,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-def dispatch(tr: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+def dispatch(
+    tr: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+) -> Any:
     """Runs one operation for real and records its ids."""
     from fastgen.plan.capture import FRESH_OPS, METADATA_OPS
 
@@ -216,7 +255,14 @@ def _cast(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     return _same(tr, func, out, args, kwargs)
 
 
-_JOINS: dict[str, Rule] = {"cat": _join, "stack": _join, "index": _index, "_to_copy": _cast, "to": _cast, "constant_pad_nd": _pad}
+_JOINS: dict[str, Rule] = {
+    "cat": _join,
+    "stack": _join,
+    "index": _index,
+    "_to_copy": _cast,
+    "to": _cast,
+    "constant_pad_nd": _pad,
+}
 
 
 def check_opaque(nodes: list[Node], ids: Tensor) -> None:
@@ -251,4 +297,3 @@ def finish(tr: Tracer, out: Tensor, arrange: Callable[[Tensor], Tensor]) -> Grap
         node = tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[pieces])
         params.append(node.index)
     return Graph(tr.nodes, params, tr.points, tr.notes)
-

@@ -135,7 +135,9 @@ def _all_sites(node: int, channels: int, grid: Pair) -> fit.Field:
     return fit.Field((node << 16) | torch.arange(channels), grid, hi=grid)
 
 
-def _constant_part(tr: Tracer, x: Tensor, w: Tensor, b: Tensor | None, geometry: Any, transposed: bool, out_grid: Pair) -> Tensor | None:
+def _constant_part(
+    tr: Tracer, x: Tensor, w: Tensor, b: Tensor | None, geometry: Any, transposed: bool, out_grid: Pair
+) -> Tensor | None:
     """What the constant elements of x and the bias contribute: [O], or [O, H, W] where it varies over sites."""
     field = tr.field(x)
     if field is not None and (field.whole or (field.zero and bool((field.lanes >= 0).all()))):
@@ -193,7 +195,15 @@ def relabel(tr: Tracer, x: Tensor, ids: Tensor) -> Tensor:
         except fit.Irregular:
             continue
         fixed = torch.where(plain < 0, x.detach().expand(ids.shape).reshape(plain.shape).float(), torch.zeros(()))
-        node = tr.add(TapsNode, "relabel", plain.shape[0], grid, taps=taps, up=up, bias=fixed if bool(fixed.any()) else None)
+        node = tr.add(
+            TapsNode,
+            "relabel",
+            plain.shape[0],
+            grid,
+            taps=taps,
+            up=up,
+            bias=fixed if bool(fixed.any()) else None,
+        )
         return _all_sites(node.index, plain.shape[0], grid).ids().reshape(ids.shape)
     return ids
 

