@@ -139,7 +139,7 @@ def bench_config(name: str, args: argparse.Namespace) -> dict[str, Any]:
         contenders += [Ours(case, batch, sampler), Ours(case, batch, half)]
         if with_peer:
             contenders.append(Eager(case, batch, args.threads))
-        if not args.quick and not args.only_ours:
+        if batch == min(args.batch) and not args.quick and not args.only_ours:
             contenders.append(Reference(case, batch, as_reference(sampler)))
         _measure(contenders, args.repeats)
         rows += [_row(c, stats) for c in contenders]

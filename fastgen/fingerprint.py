@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,58 @@ def check_finite(model: nn.Module) -> None:
                 )
 
 
-def fingerprint(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Per parameter and buffer its shape and a checksum of its bytes, in order: a swap of two rows changes it too."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (tuple(t.shape), _checksum(t.detach())) for name, t in named}
+@dataclass(frozen=True)
+class Mark:
+    """What a tensor of weights was: where it lay, its version, a quick sum of its bits and a checksum of its bytes."""
+
+    shape: tuple[int, ...]
+    place: tuple[int, int]
+    total: int
+    checksum: int
+
+
+def fingerprint(model: nn.Module) -> dict[str, Mark]:
+    """A mark for every parameter and buffer."""
+    return {name: Mark(tuple(t.shape), _place(t), _total(t), _checksum(t)) for name, t in _weights(model)}
+
+
+def changed(model: nn.Module, marks: dict[str, Mark]) -> str | None:
+    """The first parameter or buffer that is not what it was, if any.
+
+    A tensor that torch has not seen change is checked by its sum alone, which costs one read of the weights; `.data`
+    writes do not tell torch, and are found by that.
+    """
+    for name, t in _weights(model):
+        mark = marks.get(name)
+        if mark is None or tuple(t.shape) != mark.shape:
+            return name
+        if _place(t) == mark.place:
+            if _total(t) != mark.total:
+                return name
+        elif _checksum(t) != mark.checksum:
+            return name
+    return None
+
+
+def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t._version
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _total(t: Tensor) -> int:
+    """Sum of the bits as integers, eight bytes at a time."""
+    raw = _bytes(t)
+    whole = raw.numel() // 8 * 8
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 def _checksum(t: Tensor) -> int:
-    if t.numel() == 0:
-        return 0
-    return zlib.crc32(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """CRC-32 of the bytes: a swap of two rows changes it too."""
+    return zlib.crc32(_bytes(t).numpy().data) if t.numel() else 0

@@ -21,7 +21,7 @@ MOST_SLOTS = 64
 def native() -> Any:
     """The extension module, or a FastgenError that says how to build it."""
     try:
-        from fastgen import _native
+        import fastgen._native as _native
     except ImportError as error:
         raise FastgenError(f"the C++ extension is not built ({error}); run `pip install -e .` or `make`") from error
     return _native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastgen.plan import table as T
 from fastgen.plan.build import Plan
 from fastgen.plan.harvest import Harvester
 
-UNARY = {
+UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "copy": lambda a: a, "neg": torch.neg, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh,
     "sigmoid": torch.sigmoid, "relu": torch.relu, "abs": torch.abs, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
     "sin": torch.sin, "cos": torch.cos, "reciprocal": torch.reciprocal, "log1p": torch.log1p, "expm1": torch.expm1,
@@ -23,7 +24,7 @@ UNARY = {
     "trunc": torch.trunc, "not": lambda a: (a == 0).float(), "silu": F.silu, "gelu": F.gelu,
     "gelutanh": lambda a: F.gelu(a, approximate="tanh"),
 }  # fmt: skip
-WITH_IMM = {
+WITH_IMM: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
     "elu": lambda a, p, q, r: torch.where(a > 0, q * a, q * p * torch.expm1(torch.clamp(a, max=0) * r)),
     "leakyrelu": lambda a, p, q, r: F.leaky_relu(a, p),
     "softplus": lambda a, p, q, r: F.softplus(a, p, q),
@@ -32,13 +33,17 @@ WITH_IMM = {
     "powscalar": lambda a, p, q, r: a**p,
     "scalarpow": lambda a, p, q, r: p**a,
 }
-BINARY = {
+BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
     "minimum": torch.minimum, "pow": torch.pow, "eq": torch.eq, "ne": torch.ne, "gt": torch.gt, "ge": torch.ge,
     "lt": torch.lt, "le": torch.le, "and": lambda a, b: (a != 0) & (b != 0), "or": lambda a, b: (a != 0) | (b != 0),
     "remainder": torch.remainder,
 }  # fmt: skip
-REDUCE = {"sum": lambda a: a.sum(-1), "max": lambda a: a.amax(-1), "min": lambda a: a.amin(-1)}
+REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda a: a.sum(-1),
+    "max": lambda a: a.amax(-1),
+    "min": lambda a: a.amin(-1),
+}
 
 
 class Machine:

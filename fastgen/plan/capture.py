@@ -115,7 +115,7 @@ class _Shadow:
             return None
         if any(s != w for s, w, n in zip(t.stride()[1:], wanted, t.shape[1:], strict=True) if n > 1):
             return None
-        c, rest = divmod(t.storage_offset(), plane)
+        c, rest = divmod(int(t.storage_offset()), plane)
         i, j = divmod(rest, width)
         grid = (1, t.shape[2]) if t.dim() == 3 else (t.shape[2], t.shape[3])
         if c + t.shape[1] > len(f.lanes) or i + grid[0] > height or j + grid[1] > width:
@@ -127,7 +127,7 @@ class Tracer(TorchDispatchMode):
     """The dispatch mode that executes forward and builds the graph beside it."""
 
     def __init__(self, path: ModulePath) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.path = path
         self.nodes: list[Node] = []
         self.points: list[tuple[str, str, int, int]] = []

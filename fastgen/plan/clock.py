@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastgen.plan.ir import Affine
+from fastgen.plan.ir import Affine, TapW
 from fastgen.plan.passes import Unit
 from fastgen.plan.ready import look, q_grid
 
@@ -67,14 +67,15 @@ def schedule(units: list[Unit], params: list[list[tuple[int, int]]], steps: Tens
 def _hoist(unit: Unit, by_id: dict[int, Unit], clock: Clock, new_id: int) -> Unit | None:
     """Takes the terms that are ready at the start of the row out of a site unit, into a row unit."""
     start = torch.where(unit.live, clock.row_time(unit.when), LATER)
-    early, late = [], []
+    early: list[TapW] = []
+    late: list[TapW] = []
     for tap in unit.taps:
         times = by_id[tap.ref.node].ready
         (pu, pv), (ui, uj) = tap.parity, unit.up
         grid = q_grid(unit.grid, unit.up, tap.parity)
         seen = look(times[None], tap.ref.at, grid)[0]
-        ok = bool((seen <= start[pu::ui, pv::uj])[unit.live[pu::ui, pv::uj]].all())
-        (early if ok else late).append(tap)
+        waits = bool((seen <= start[pu::ui, pv::uj])[unit.live[pu::ui, pv::uj]].all())
+        (early if waits else late).append(tap)
     if sum(len(t.ref.chans) for t in early) < MIN_HOIST:
         return None
     hoisted = replace(

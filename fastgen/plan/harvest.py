@@ -33,7 +33,7 @@ class _Harvest(TorchDispatchMode):
     """Follows which storages hold sampled values and collects the arguments at the points."""
 
     def __init__(self, path: ModulePath, points: list[Point], x: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.path, self.calls = path, Counter[tuple[str, str]]()
         self.wanted: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
         for k, (where, name, count, position) in enumerate(points):
@@ -139,7 +139,8 @@ class Harvester:
                 raise ShapeError(
                     f"layer {node.path}: conditioning has shape {tuple(value.shape)}, too short for {spec.grid[1]} sites"
                 )
-        return value[(slice(None), *index[1:])]
+        sample: tuple[Any, ...] = (slice(None), *index[1:])
+        return value[sample]
 
 
 def _stretch(index: Tensor, cols: int, path: str) -> Tensor:

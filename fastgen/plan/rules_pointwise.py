@@ -132,7 +132,8 @@ class Layout:
         nd = len(self.shape)
         if nd >= 2 and self.shape[0] == 1 and all(fit.separable(t.reshape(self.shape[1], -1)) for t in moved):
             return [*list(range(1, nd)), 0], 1  # channels second, the usual case
-        channels, places = [], []
+        channels: list[int] = []
+        places: list[int] = []
         for a in range(nd):
             site = any(_varies(t & fit.SITE_MASK, t >= 0, a) for t in moved)
             key = any(_varies(t >> 32, t >= 0, a) for t in moved)

@@ -145,7 +145,7 @@ def _step(state: TrainState, recipe: Recipe, x: Tensor, cond: tuple[Tensor, ...]
         group["lr"] = learning_rate(recipe, state.step)
     loss = bits_per_dim(state.model, x, cond).mean()
     state.optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
     state.optimiser.step()
     state.step += 1
