@@ -144,6 +144,7 @@ class Sampler:
 
         length: sites of a sequence; by default those of compile, and at most 4,096 where conditioning allows.
         """
+        n = whole_number(n, "n", "a number of samples", least=1)
         self._check_weights()
         if length is None and self._any_length:
             length = min(self.spec.sites[0], VERIFY_SITES)
@@ -341,10 +342,6 @@ def _key(option: Any) -> Any:
 def _kind(c: Any) -> Any:
     """What a sampler binds of a conditioning input: all of it, or a tensor's type."""
     return (c.dtype, c.dim()) if isinstance(c, Tensor) else _key(c)
-
-
-def _tensors(cond: tuple[Any, ...]) -> bool:
-    return any(isinstance(c, Tensor) for c in cond)
 
 
 def _rows(r: Request, a: int, b: int) -> Request:

@@ -32,7 +32,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         model="pixelcnnpp", nr_resnet=1, nr_filters=32, nr_mix=5, shape=[1, 28, 28], dropout=0.0, classes=10
     ),
     "speech-wavenet-small": dict(
-        model="wavenet", layers=18, stacks=2, residual=32, gate=64, skip=64, kernel_size=2, length=8000
+        model="wavenet", layers=18, stacks=2, residual=32, gate=64, skip=64, kernel_size=2, output="softmax",
+        length=8000,
     ),
 }  # fmt: skip
 

@@ -94,8 +94,8 @@ class Speech:
     def __init__(self, rate: int, crop: int, classes: int | None) -> None:
         self.crop, self.classes = crop, classes
         *train, self.test = speech(rate)
-        # Half a second of silence between prompts, so that a crop may start or end in it.
-        gap = torch.zeros(rate // 2)
+        # A tenth of a second of silence between prompts, so that a crop may start or end in it.
+        gap = torch.zeros(rate // 10)
         self.signal = torch.cat([part for prompt in train for part in (prompt, gap)])
         if len(self.signal) < crop or len(self.test) < crop:
             raise ValueError(f"crop={crop} samples is longer than the speech there is ({len(self.test)} held out)")

@@ -49,5 +49,7 @@ RECIPES: dict[str, Recipe] = {
         "mnist-gated-pixelcnn-small", "mnist", steps=3200, batch=16, lr=2e-3
     ),
     "mnist-pixelcnnpp-small": Recipe("mnist-pixelcnnpp-small", "mnist", steps=3000, batch=16, lr=2e-3),
-    "speech-wavenet-small": Recipe("speech-wavenet-small", "speech", steps=2000, batch=2, lr=2e-3),
+    "speech-wavenet-small": Recipe(
+        "speech-wavenet-small", "speech", steps=4000, batch=4, lr=3e-3, crop=2000
+    ),
 }  # fmt: skip
