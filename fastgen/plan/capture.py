@@ -138,6 +138,8 @@ class Tracer(TorchDispatchMode):
         self.call: tuple[str, str, int] = ("", "", 0)
         self.call_args: list[Tensor] = []
         self._shadow: dict[int, _Shadow] = {}
+        self._sources: dict[Any, list[tuple[Tensor, int]]] = {}
+        self._kept: list[Tensor] = []
 
     # ---- shadow memory -------------------------------------------------------------------------------------------
     def _entry(self, t: Tensor) -> _Shadow | None:
@@ -232,6 +234,10 @@ class Tracer(TorchDispatchMode):
             raise UnsupportedError(
                 f"{self.path.current}: {self.call[1]} uses conditioning inside a composite operation; compute it outside"
             )
+        same = (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t._version)
+        for known, number in self._sources.get(same, []):
+            if torch.equal(known, index):
+                return number
         point = (*self.call, position)
         if point not in self.points:
             self.points.append(point)
@@ -244,6 +250,8 @@ class Tracer(TorchDispatchMode):
             gather=index,
             tensor_shape=tuple(t.shape),
         )
+        self._sources.setdefault(same, []).append((index, node.index))
+        self._kept.append(t)  # so that no other tensor takes its storage's place
         return node.index
 
     # ---- dispatch ------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from fastgen.backends.base import Request
 from fastgen.errors import ShapeError, UnsupportedError
 from fastgen.plan.capture import METADATA_OPS, ModulePath, eval_mode
 from fastgen.plan.ir import CondNode, Graph
+from fastgen.plan.rules_linear import LINEAR
+from fastgen.plan.rules_pointwise import COMPUTED, POINTWISE
 from fastgen.plan.table import Program
 from fastgen.spec import Spec
 
-HEAVY = frozenset(["convolution", "mm", "addmm", "bmm", "baddbmm"])
+COMPUTES = POINTWISE | frozenset([*COMPUTED, *LINEAR])  # what these make of sampled values is the plan's
 Point = tuple[str, str, int, int]
 
 
@@ -55,9 +57,11 @@ class _Harvest(TorchDispatchMode):
         if self.missing == 0:
             raise _Done
         sampled = any(t.untyped_storage()._cdata in self.sampled for t in tensors)
-        if sampled and name in HEAVY:
+        if sampled and name.rstrip("_") in COMPUTES and func._schema.is_mutable:
+            out: Any = args[0]
+        elif sampled and name in COMPUTES:
             shapes = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
-            out: Any = torch.empty(shapes.shape, dtype=shapes.dtype)
+            out = tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, shapes)
         else:
             out = func(*args, **kwargs)
         if sampled and name not in METADATA_OPS:
