@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fastgen import NotCausalError, Sampler
 from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, LogisticMixture
 from tests.cases import Case, randomise
 from tests.oracle import at_length, compile_case, noise_of, parameters, run_given, values_of

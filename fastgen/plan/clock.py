@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastgen.plan.ir import Affine, TapW
+from fastgen.plan.ir import Affine, Piece, TapW
 from fastgen.plan.passes import Unit
 from fastgen.plan.ready import look, q_grid
 
@@ -61,7 +61,22 @@ def schedule(units: list[Unit], params: list[list[tuple[int, int]]], steps: Tens
             out.append(hoisted)
             _propagate(hoisted, need)
         _propagate(unit, need)
+    _drop_dead(out)
     return out[::-1]
+
+
+def _drop_dead(units: list[Unit]) -> None:
+    """Forgets reads of units that no live site reaches: they are outside their bounds everywhere."""
+    live = {u.id for u in units}
+    for u in units:
+        u.taps = [t for t in u.taps if t.ref.node in live]
+        u.operands = [
+            [_constant(p) if p.ref is not None and p.ref.node not in live else p for p in ps] for ps in u.operands
+        ]
+
+
+def _constant(piece: Piece) -> Piece:
+    return Piece(piece.lo, piece.hi, const=torch.full((piece.hi - piece.lo,), piece.fill))
 
 
 def _hoist(unit: Unit, by_id: dict[int, Unit], clock: Clock, new_id: int) -> Unit | None:

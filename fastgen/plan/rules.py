@@ -276,7 +276,7 @@ def check_opaque(nodes: list[Node], ids: Tensor) -> None:
 def finish(tr: Tracer, out: Tensor, arrange: Callable[[Tensor], Tensor]) -> Graph:
     """Adds one node per phase with the head's parameters at the data's sites, in the head's own order."""
     ids, values = arrange(tr.ids(out).contiguous()), arrange(out.contiguous())
-    if not bool((ids >= 0).any()):
+    if not bool((ids >= 0).any()) and ids.shape[1] * ids.shape[2] * ids.shape[3] > 1:
         raise UnsupportedError(
             "forward's output does not depend on the sampled tensor as far as torch can see "
             "(is it computed outside torch, or by a custom autograd function?)"

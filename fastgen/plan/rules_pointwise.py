@@ -134,12 +134,15 @@ class Layout:
             return [*list(range(1, nd)), 0], 1  # channels second, the usual case
         channels: list[int] = []
         places: list[int] = []
+        mixed: list[int] = []
         for a in range(nd):
             site = any(_varies(t & fit.SITE_MASK, t >= 0, a) for t in moved)
             key = any(_varies(t >> 32, t >= 0, a) for t in moved)
-            if site and key:
+            (mixed if site and key else places if site else channels).append(a)
+        if mixed:
+            if not any(self.shape[a] > 1 for a in places):
                 return None, 0
-            (places if site else channels).append(a)
+            channels = sorted(channels + mixed)  # lanes may read at different distances: shifted and unshifted layers
         return channels + places, len(channels)
 
     @staticmethod
@@ -287,6 +290,8 @@ def _emit(
     layout = Layout(shape, full)
     ids = [layout.split(t) for t in full]
     keep, i, j = label_columns(layout, ids, tr.data_grid)
+    if not bool(keep.any()):  # every sampled element lies outside
+        return torch.full(shape, fit.CONST)
     whole = bool(keep.all())
     if not whole:
         ids, i, j = [t[:, keep] for t in ids], i[keep], j[keep]
@@ -353,6 +358,8 @@ def embed(tr: Tracer, table: Tensor, index: Tensor) -> Tensor:
     layout = Layout(index.shape, [full])
     ids = layout.split(full)
     keep, i, j = label_columns(layout, [ids], tr.data_grid)
+    if not bool(keep.any()):
+        return torch.full((*index.shape, table.shape[1]), fit.CONST)
     ids, i, j = ids[:, keep], i[keep], j[keep]
     values = layout.split(index.detach())[:, keep]
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
