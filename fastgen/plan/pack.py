@@ -81,12 +81,10 @@ class _Packer:
         ops = [(k.index, p, *self._op_sites(k, p)[:2]) for k in lay.instrs for p in self._parities(k)]
         if not lay.sequence:
             return steps, {(k, p): 0 for k, p, _, _ in ops}
-        period = lay.row_len
-        while period <= min(MAX_PERIOD, steps // 4):
+        for period in range(lay.row_len, min(MAX_PERIOD, steps // 4) + 1, lay.row_len):
             found = {(k, p): _advance(when, q, period, steps) for k, p, when, q in ops}
             if all(a is not None for a in found.values()):
                 return period, {k: a for k, a in found.items() if a is not None}
-            period *= 2
         raise UnsupportedError(
             f"the schedule of a sequence of {steps} steps does not repeat; compile with a longer example shape"
         )
@@ -319,23 +317,26 @@ class _Packer:
 def _advance(when: Tensor, q: Tensor, period: int, steps: int) -> int | None:
     """Sites per period if times repeat with it (and the borders can follow the same rule), else None."""
     base = (steps // 2) // period
-    inside = (when >= 2 * period * base) & (when < 2 * period * (base + 1))
-    advance = int(inside.sum())
-    if advance == 0:
+
+    def window(k: int) -> tuple[Tensor, Tensor]:
+        inside = (when >= 2 * period * k) & (when < 2 * period * (k + 1))
+        order = torch.argsort(when[inside] * (1 << 32) + q[inside])
+        return when[inside][order], q[inside][order]
+
+    (t0, q0), (t1, q1) = window(base), window(base + 1)
+    if not len(q0) or len(q0) != len(q1) or not torch.equal(t0 + 2 * period, t1):
         return None
-    rule = dict(
-        zip(
-            (q[inside] % advance).tolist(),
-            zip(when[inside].tolist(), q[inside].tolist(), strict=True),
-            strict=True,
-        )
-    )
-    if len(rule) != advance:
+    advance = int(q1[0] - q0[0])
+    if advance <= 0 or not bool((q1 - q0 == advance).all()):
         return None
+    rule = {int(s) % advance: (int(t), int(s)) for t, s in zip(t0, q0, strict=True)}
+    middle = len(q) // 4
     for t, site in zip(when.tolist(), q.tolist(), strict=True):
-        t0, q0 = rule[site % advance]
-        expected = t0 + (site - q0) // advance * 2 * period
-        if expected != t and (expected > t or expected < 0 or abs(site - q0) < len(q) // 4):
+        if site % advance not in rule:
+            return None
+        t_rule, q_rule = rule[site % advance]
+        expected = t_rule + (site - q_rule) // advance * 2 * period
+        if expected != t and (expected > t or expected < 0 or abs(site - q_rule) < middle):
             return None
     return advance
 
