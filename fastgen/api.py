@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ class Sampler:
         """Plans again with the module's present weights."""
         check_finite(self.model)
         self.plan: Plan = build_plan(self.model, self.spec, self.example)
-        if self.plan.spec.vector and not self.spec.vector:
-            self.spec = self.plan.spec
+        self.spec = replace(self.spec, head=self.plan.spec.head, vector=self.plan.spec.vector)
         harvester = Harvester(self.model, self.plan.spec, self.plan.graph)
         self.executor: Executor
         if self.backend == "naive":

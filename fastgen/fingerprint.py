@@ -63,7 +63,7 @@ def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _place(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), t._version
+    return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import rng
 from fastgen.backends.base import Executor, Request
-from fastgen.plan.capture import eval_mode, first_tensor
+from fastgen.plan.capture import eval_mode, first_tensor, plain
 from fastgen.spec import Spec
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float64: 1e-9}
@@ -46,7 +46,8 @@ class VerifyReport:
 def forward_parameters(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...]) -> Tensor:
     """Parameters [n, steps, P] of one teacher-forced forward on values [n, H*W, C]."""
     with eval_mode(model):
-        out = spec.parameters(first_tensor(model(spec.encode(values), *cond)))
+        x, *inputs = (plain(t) for t in (spec.encode(plain(values)), *cond))
+        out = spec.parameters(first_tensor(model(x, *inputs)))
     steps = out.permute(0, 3, 1, 2, 4).reshape(out.shape[0], spec.steps, out.shape[-1])
     return steps[:, torch.argsort(spec.step_table().reshape(-1))].float()
 

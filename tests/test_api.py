@@ -95,7 +95,9 @@ def test_temperature(case: Case, compiled: Compiled) -> None:
         x = compiled(case).sample(2, seed=3, cond=case.conds(2), temperature=temperature)
         if case.head.discrete:
             u = noise_of(case, 2, 3)
-            again = case.head.draw(parameters(case, case.build().eval(), values_of(case, x), case.conds(2)), u, temperature)
+            again = case.head.draw(
+                parameters(case, case.build().eval(), values_of(case, x), case.conds(2)), u, temperature
+            )
             assert torch.equal(values_of(case, x).reshape(again.shape), again)
         else:
             torch.testing.assert_close(values_of(case, x), slow, atol=2e-3, rtol=2e-3)
@@ -234,7 +236,9 @@ def test_log_prob(case: Case, compiled: Compiled) -> None:
     slow = torch.stack([case.head.log_prob(theta[:, t], per_step[:, t]) for t in range(case.steps)], 1).sum(1)
     torch.testing.assert_close(nats, slow, rtol=1e-5, atol=1e-4)
     values_count = values[0].numel()
-    torch.testing.assert_close(sampler.bits_per_dim(x, cond), -nats / values_count / torch.log(torch.tensor(2.0)).double())
+    torch.testing.assert_close(
+        sampler.bits_per_dim(x, cond), -nats / values_count / torch.log(torch.tensor(2.0)).double()
+    )
     alone = torch.cat([sampler.log_prob(x[i : i + 1], tuple(c[i : i + 1] for c in cond)) for i in range(3)])
     torch.testing.assert_close(nats, alone, rtol=1e-5, atol=1e-4)
 
@@ -279,7 +283,7 @@ def test_modes_are_restored_after_an_error() -> None:
     case = only("gated-embedding")
     model = case.build().train()
     sampler = fastgen.compile(model, case.shape, case.head, case.cond(), layout=case.layout)
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, ValueError), match="index"):
         sampler.sample(1, cond=(torch.tensor([99]),))
     assert all(m.training for m in model.modules())
     assert sampler.sample(1).shape == (1, 6, 7)
@@ -331,7 +335,12 @@ def test_one_liner_tells_models_and_options_apart() -> None:
     assert not torch.equal(a, b)
     assert torch.equal(a, fastgen.sample(models[0], 3, seed=1, cond=case.conds(3)[0], **said))
     c = fastgen.sample(models[0], 3, seed=1, cond=case.conds(3), dtype=torch.bfloat16, **said)
-    assert torch.equal(c, fastgen.compile(models[0], cond=case.cond(), dtype=torch.bfloat16, **said).sample(3, seed=1, cond=case.conds(3)))
+    assert torch.equal(
+        c,
+        fastgen.compile(models[0], cond=case.cond(), dtype=torch.bfloat16, **said).sample(
+            3, seed=1, cond=case.conds(3)
+        ),
+    )
 
 
 def test_one_liner_binds_what_is_no_tensor() -> None:
@@ -392,7 +401,9 @@ def test_samplers_side_by_side(shared: bool) -> None:
     same: list[bool] = []
 
     def sample(sampler: Sampler) -> Callable[[], None]:
-        return lambda: same.extend(torch.equal(sampler.sample(3, seed=1, cond=case.conds(3)), expected) for _ in range(15))
+        return lambda: same.extend(
+            torch.equal(sampler.sample(3, seed=1, cond=case.conds(3)), expected) for _ in range(15)
+        )
 
     busy = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 
@@ -450,7 +461,9 @@ CTRL_C = """
 def test_ctrl_c(run: str) -> None:
     code = textwrap.dedent(CTRL_C).replace("{run}", run)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "running\n"
         time.sleep(0.5)

@@ -171,7 +171,9 @@ class RandomSequenceNet(nn.Module):
             width_in = width * (2 if act == "concat_elu" else 1)
             double = made * (2 if skip == "gate" else 1)
             strided = kind == "strided"
-            self.convs.append(nn.Conv1d(width_in, double, kernel, dilation if strided else 1, 0, 1 if strided else dilation))
+            self.convs.append(
+                nn.Conv1d(width_in, double, kernel, dilation if strided else 1, 0, 1 if strided else dilation)
+            )
             self.ups.append(nn.ConvTranspose1d(double, double, dilation, dilation) if strided else nn.Identity())
             width = made + width if skip == "cat" else made
         self.out = nn.Conv1d(width, out, 1)
@@ -216,7 +218,9 @@ def check_length(sampler: Sampler, case: Case, length: int) -> None:
     truth = parameters(here, here.build().eval(), values, ())
     again = here.head.draw(truth, noise_of(here, 2, length))
     drawn = values.reshape(2, here.steps, -1)
-    near = here.head.near_tie(truth, truth + 1e-5 * max(1.0, float(truth.abs().max())), noise_of(here, 2, length), drawn)
+    near = here.head.near_tie(
+        truth, truth + 1e-5 * max(1.0, float(truth.abs().max())), noise_of(here, 2, length), drawn
+    )
     assert bool(((drawn - again).abs() <= 1e-4 + 0).all(-1).logical_or(near).all()), f"length {length}"
 
 
@@ -250,7 +254,9 @@ class MaskedNet(nn.Module):
         width = 1
         self.convs = nn.ModuleList()
         for mask in masks:
-            self.convs.append(nn.Conv2d(width, mask.shape[0], mask.shape[2:], padding=tuple(k // 2 for k in mask.shape[2:])))
+            self.convs.append(
+                nn.Conv2d(width, mask.shape[0], mask.shape[2:], padding=tuple(k // 2 for k in mask.shape[2:]))
+            )
             width = mask.shape[0]
         self.out = nn.Conv2d(width, out, 1)
 
@@ -282,7 +288,12 @@ def masks(draw: st.DrawFn) -> tuple[Tensor, ...]:
 @given(masks=masks(), size=st.tuples(st.integers(2, 4), st.integers(2, 4)), seed=st.integers(0, 99))
 def test_causality_is_judged_rightly(masks: tuple[Tensor, ...], size: tuple[int, int], seed: int) -> None:
     """The planner refuses just those masks for which some parameter moves when a value not yet drawn changes."""
-    case = Case("masks", lambda: randomise(MaskedNet(masks, 4), seed, 2.0), (1, *size), Categorical(4, encode="symmetric", params="B(n*C)*"))
+    case = Case(
+        "masks",
+        lambda: randomise(MaskedNet(masks, 4), seed, 2.0),
+        (1, *size),
+        Categorical(4, encode="symmetric", params="B(n*C)*"),
+    )
     if reads_the_future(case):
         with pytest.raises(NotCausalError, match=r"parameters of step \d+ .* depend on the value drawn at step"):
             compile_case(case)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,18 +90,16 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
         planned = spec.at_length(LONG)
     while True:
         try:
-            graph, units, params = _units(model, planned, cond)
+            planned, graph, units, params = _units(model, planned, cond)
         except UnsupportedError:
             if spec.layout != "T" or spec.vector or spec.head.enc != 1 or spec.predicts != "same":
                 raise
-            spec = planned = replace(spec, vector=True)  # every output from every input: not sites but one vector
-            graph, units, params = _units(model, planned, cond)
+            spec = replace(spec, vector=True)  # every output from every input: not sites but one vector
+            planned, graph, units, params = _units(model, spec, cond)
         reach = max([1] + [max(abs(r.at.off[0]), abs(r.at.off[1])) for u in units for r in u.refs()])
-        if planned is spec or 4 * reach <= planned.sites[0]:
+        if planned.sites == spec.sites or 4 * reach <= planned.sites[0]:
             break
         planned = spec.at_length(min(spec.sites[0], 1 << (4 * reach - 1).bit_length()))
-        if planned.sites == spec.sites:
-            planned = spec
     layout = _layout(planned, units, params)
     plan = Plan(planned, graph, layout, reach, time.perf_counter() - began)
     plan.receptive_field = receptive_field(graph, planned)
@@ -111,22 +109,27 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
 
 def _units(
     model: nn.Module, spec: Spec, cond: tuple[Any, ...]
-) -> tuple[Graph, list[Unit], list[list[tuple[int, int]]]]:
+) -> tuple[Spec, Graph, list[Unit], list[list[tuple[int, int]]]]:
+    """Captures and splits; the spec comes back with the layout of forward's output settled, so that it cannot become
+    ambiguous at another length."""
     x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cpu":
         raise UnsupportedError(f"the module is on {device}; planning runs on the CPU (model.cpu())")
-    graph = capture(model, x, cond, spec.input_ids, _arranger(spec))
+    settled: list[str] = []
+
+    def arrange(out: Tensor) -> Tensor:
+        settled.append(spec.head.layout(out.shape, 1 if spec.vector else spec.channels, spec.sites))
+        return spec.parameters(out)
+
+    graph = capture(model, x, cond, spec.input_ids, arrange)
     check_supported(graph)
     graph = merge_sums(graph)
     ready = ready_times(graph, spec.input_times())
     check_causal(graph, ready, spec.step_table())
     split = Splitter(graph, ready)
-    return graph, split.units, split.params
-
-
-def _arranger(spec: Spec) -> Callable[[Tensor], Tensor]:
-    return spec.parameters
+    spec = replace(spec, head=spec.head.with_layout(settled[0]))
+    return spec, graph, split.units, split.params
 
 
 def _layout(spec: Spec, units: list[Unit], params: list[list[tuple[int, int]]]) -> Layout:

@@ -49,6 +49,9 @@ WHOLE = {
 }  # fmt: skip
 
 
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+
 class ModulePath:
     """Keeps the dotted path of the module whose forward is running."""
 
@@ -288,11 +291,11 @@ class _WholeCalls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, restored module by module afterwards."""
+    """Eval mode and no gradients (nor inference mode, which hides operations from capture), restored afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for m, training in modes:
@@ -315,8 +318,9 @@ def capture(
 
     path = ModulePath(model)
     tracer = Tracer(path)
-    x = x.clone()
     with eval_mode(model), path.watching():
+        x, *cond_list = (plain(t) for t in (x, *cond))
+        cond = tuple(cond_list)
         _try_forward(model, x, cond, path)
         ids, channels, grid = input_ids(0)
         tracer.add(InputNode, "input", channels, grid)
@@ -330,19 +334,27 @@ def capture(
     return rules.finish(tracer, first_tensor(out), arrange)
 
 
+def plain(t: Any) -> Any:
+    """A tensor that capture may write to and watch: a copy, and no inference tensor."""
+    return t.clone() if isinstance(t, Tensor) else t
+
+
 def _try_forward(model: nn.Module, x: Tensor, cond: tuple[Any, ...], path: ModulePath) -> None:
     """Runs forward once, so that what it cannot take is told apart from what cannot be planned."""
     try:
         model(x.clone(), *cond)
     except FastgenError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        given = ", ".join(str(list(c.shape)) if isinstance(c, Tensor) else repr(c) for c in cond)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ShapeError(
-            f"forward does not take a sample {list(x.shape)} of {x.dtype}{f' with conditioning {given}' if cond else ''}: "
-            f"{reason}"
-        ) from error
+    except FORWARD_ERRORS as error:
+        raise refused(x, cond, error) from error
+
+
+def refused(x: Tensor, cond: tuple[Any, ...], error: Exception) -> ShapeError:
+    """What to tell a person whose forward fails on its inputs."""
+    given = ", ".join(str(list(c.shape)) if isinstance(c, Tensor) else repr(c) for c in cond)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    with_cond = f" with conditioning {given}" if cond else ""
+    return ShapeError(f"forward does not take a sample {list(x.shape)} of {x.dtype}{with_cond}: {reason}")
 
 
 def first_tensor(out: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Conditioning at call time: run forward again and take the values that depend on conditioning alone.
 
-The plan names the places ("the k-th add of layer Y, argument 1"); a light dispatch mode finds them again, skips the heavy
-work on sampled values, whose results are not looked at, and stops at the last one. Batched, one row per sample.
+The plan names the places ("the k-th add of layer Y, argument 1"); a light dispatch mode finds them again, skips the
+work on sampled values, whose results are not looked at, and stops at the last one. One sample at a time, equal ones once:
+torch's batched kernels give other bytes at other batch sizes, and sample i must not.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.backends.base import Request
-from fastgen.errors import ShapeError, UnsupportedError
-from fastgen.plan.capture import METADATA_OPS, ModulePath, eval_mode
+from fastgen.errors import FastgenError, ShapeError, UnsupportedError
+from fastgen.plan.capture import FORWARD_ERRORS, METADATA_OPS, ModulePath, eval_mode, plain, refused
 from fastgen.plan.ir import CondNode, Graph
 from fastgen.plan.rules_linear import LINEAR
 from fastgen.plan.rules_pointwise import COMPUTED, POINTWISE
@@ -87,64 +88,60 @@ class Harvester:
         if not program.cond:
             return []
         spec = self.spec if request.length is None else self.spec.at_length(request.length)
-        found = self._forward(spec, request.cond, request.slots)
-        out = []
-        for index in program.cond:
-            node = self.graph.nodes[index]
-            assert isinstance(node, CondNode)
-            value = self._take(node, found[node.point], request.slots, spec)
-            if value is None:  # the batch axis is not in front: one forward per sample
-                parts = []
-                for k in range(request.slots):
-                    one = tuple(c[k : k + 1] if isinstance(c, Tensor) else c for c in request.cond)
-                    part = self._take(node, self._forward(spec, one, 1)[node.point], 1, spec)
-                    assert part is not None
-                    parts.append(part)
-                value = torch.cat(parts)
-            out.append(value.to(torch.float32).permute(0, 2, 3, 1).contiguous())
-        return out
+        seen: dict[bytes, list[Tensor]] = {}
+        rows = []
+        for k in range(request.slots):
+            one = tuple(c[k : k + 1] if isinstance(c, Tensor) and c.dim() else c for c in request.cond)
+            key = b"|".join(c.contiguous().numpy().tobytes() for c in one if isinstance(c, Tensor))
+            if key not in seen:
+                found = self._forward(spec, one)
+                seen[key] = [self._take(node, found[node.point], spec) for node in self._nodes(program)]
+            rows.append(seen[key])
+        return [torch.stack(parts).to(torch.float32).contiguous() for parts in zip(*rows, strict=True)]
 
-    def _forward(self, spec: Spec, cond: tuple[Any, ...], batch: int) -> dict[int, Tensor]:
-        x = spec.encode(torch.zeros(batch, spec.grid[0] * spec.grid[1], spec.channels))
+    def _nodes(self, program: Program) -> list[CondNode]:
+        return [n for n in (self.graph.nodes[k] for k in program.cond) if isinstance(n, CondNode)]
+
+    def _forward(self, spec: Spec, cond: tuple[Any, ...]) -> dict[int, Tensor]:
         path = ModulePath(self.model)
-        mode = _Harvest(path, self.graph.points, x)
-        with eval_mode(self.model), path.watching(), mode:
+        with eval_mode(self.model), path.watching():
+            x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
+            cond = tuple(plain(c) for c in cond)
+            mode = _Harvest(path, self.graph.points, x)
             try:
-                self.model(x, *cond)
+                with mode:
+                    self.model(x, *cond)
             except _Done:
                 return mode.found
+            except FastgenError:
+                raise
+            except FORWARD_ERRORS as error:
+                raise refused(x, cond, error) from error
         lost = next(p for k, p in enumerate(self.graph.points) if k not in mode.found)
         raise UnsupportedError(
             f"forward took another path than at compile time: layer {lost[0]} no longer calls aten.{lost[1]} "
             f"{lost[2] + 1} times"
         )
 
-    def _take(self, node: CondNode, value: Tensor, batch: int, spec: Spec) -> Tensor | None:
-        """The node's values [batch, C, H, W] out of the tensor it was found in."""
+    def _take(self, node: CondNode, value: Tensor, spec: Spec) -> Tensor:
+        """The node's values [H, W, C] out of the tensor it was found in."""
         shape = node.tensor_shape
         if value.dim() != len(shape):
             raise UnsupportedError(
                 f"layer {node.path}: conditioning has {value.dim()} axes, at compile time {len(shape)}"
             )
-        index = list(torch.unravel_index(node.gather, shape)) if shape else []
-        cols = node.grid[1]
-        if spec.sequence and cols > 1:
-            cols = cols + spec.grid[1] - self.spec.grid[1] if spec.grid[1] != self.spec.grid[1] else cols
+        if not shape:
+            return value.reshape(1, 1, 1)
+        index = list(torch.unravel_index(node.gather, shape))
+        if spec.sequence and node.grid[1] > 1:
+            cols = node.grid[1] + spec.grid[1] - self.spec.grid[1]
             index = [_stretch(k, cols, node.path) for k in index]
-        if not shape or (batch > 1 and value.shape[0] == shape[0] != batch):
-            picked = value[tuple(index)] if index else value.reshape(1, 1, 1)
-            return picked.expand(batch, *picked.shape)
-        if shape[0] != 1 or value.shape[0] != batch:
-            if batch == 1:
-                return value[tuple(index)][None]
-            return None
-        for k, size in zip(index[1:], value.shape[1:], strict=True):
+        for k, size in zip(index, value.shape, strict=True):
             if int(k.max()) >= size:
                 raise ShapeError(
                     f"layer {node.path}: conditioning has shape {tuple(value.shape)}, too short for {spec.grid[1]} sites"
                 )
-        sample: tuple[Any, ...] = (slice(None), *index[1:])
-        return value[sample]
+        return value[tuple(index)].permute(1, 2, 0)
 
 
 def _stretch(index: Tensor, cols: int, path: str) -> Tensor:

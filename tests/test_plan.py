@@ -1,0 +1,234 @@
+"""What the planner finds, on models whose structure can be counted by hand; and the tables as C and Python see them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastgen
+from fastgen import Sampler
+from fastgen.backends.cpu import native
+from fastgen.heads import Bernoulli, Categorical
+from fastgen.models import build
+from fastgen.plan import table as T
+from fastgen.plan.describe import classes, plan_stats
+from tests.cases import Case, cases
+from tests.conftest import Compiled
+from tests.oracle import at_length, by_name, compile_case
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "plan.h"
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["Buffer", "Tap", "Micro", "Op", "Item", "Head"])
+def test_records_are_those_of_the_extension(name: str) -> None:
+    ours, theirs = getattr(T, name.upper()), native().dtypes()[name]
+    assert ours.itemsize == theirs.itemsize and ours.names == theirs.names
+    assert {f: ours.fields[f] for f in ours.names} == {f: theirs.fields[f] for f in ours.names}
+
+
+def parse_enum(name: str) -> dict[str, int]:
+    """Members of an enum of csrc/plan.h, without their k, in lower case."""
+    found = re.search(rf"enum {name} : int32_t {{(.*?)}};", SOURCE.read_text(), re.DOTALL)
+    assert found is not None
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", found[1])
+    members, value = {}, -1
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        label, _, number = (x.strip() for x in item.partition("="))
+        value = int(number) if number else value + 1
+        members[label.removeprefix("k").lower()] = value
+    return members
+
+
+def test_function_codes_are_those_of_the_header() -> None:
+    assert parse_enum("Fn") == T.FN
+    assert {c: n for n, c in T.FN.items()} == T.FN_NAME
+
+
+def test_constants_are_those_of_the_header() -> None:
+    panel = re.search(r"kPanel = (\d+)", SOURCE.read_text())
+    assert panel is not None and int(panel[1]) == T.PANEL
+    kinds = parse_enum("BufferKind")
+    assert (kinds["state"], kinds["input"], kinds["cond"], kinds["const"]) == (T.STATE, T.INPUT, T.COND, T.CONST)
+    heads = {h.name.lower(): h.kind for h in (fastgen.heads.LogisticMixture, Categorical, Bernoulli, fastgen.heads.GaussianMixture)}
+    assert heads == parse_enum("HeadKind")
+
+
+# ---- counted by hand -------------------------------------------------------------------------------------------------
+class TwoStacks(nn.Module):
+    """A vertical stack of finished rows and a horizontal one, joined by 1x1: [B, 1, H, W] -> [B, 4, H, W]."""
+
+    def __init__(self, vertical: int = 16, horizontal: int = 8) -> None:
+        super().__init__()
+        self.v1 = nn.Conv2d(1, vertical, (2, 3), padding=(0, 1))
+        self.v2 = nn.Conv2d(vertical, vertical, (2, 3), padding=(0, 1))
+        self.h1 = nn.Conv2d(1, horizontal, (1, 2))
+        self.link = nn.Conv2d(vertical, horizontal, 1)
+        self.out = nn.Conv2d(horizontal, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v1(F.pad(x, (0, 0, 2, -1)))
+        v = self.v2(F.pad(v.relu(), (0, 0, 1, 0)))
+        h = self.h1(F.pad(x, (2, -1)))
+        return self.out((h + self.link(v.tanh())).relu())
+
+
+HEAD = Categorical(4, encode="symmetric", params="BnC*")
+
+
+def two_stacks(rows: int, cols: int) -> Sampler:
+    torch.manual_seed(0)
+    return fastgen.compile(TwoStacks(), (1, rows, cols), Categorical(4, encode="symmetric", params="B(n*C)*"), threads=1)
+
+
+def test_rows_wait_and_sites_do_not() -> None:
+    """The vertical stack and its link run once a row; what is left per pixel is the horizontal stack."""
+    rows, cols = 6, 9
+    sites = rows * cols
+    plan = two_stacks(rows, cols).plan
+    work = classes(plan)
+    vertical, link = (1 * 16 * 6 + 16 * 16 * 6) * sites, 16 * 8 * sites
+    assert work["row"].macs + work["hoisted"].macs == vertical + link
+    assert work["hoisted"].macs == link, "the link feeds a sum that must wait for the pixel"
+    assert work["site"].macs == (1 * 8 * 2 + 8 * 4) * sites
+    paths = {i.lead.node.path: i.cls for i in plan.layout.instrs}
+    assert paths["v1"] == paths["v2"] == "row" and paths["out"] == "site"
+    stats = plan_stats(plan)
+    assert stats["row_macs"] == vertical + link and stats["steps"] == sites
+    assert stats["site_executions_per_step"] == 2, "one pass for the sum, one for the output"
+
+
+def test_dead_work_is_not_done() -> None:
+    """Layers, channels and taps that no output depends on cost nothing."""
+
+    class Wasteful(TwoStacks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Conv2d(16, 64, 3, padding=1)
+            self.v2.weight.data[:, :, 0] = 0  # finished rows read twice, once in vain
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(torch.zeros(x.shape[0], 16, *x.shape[2:]) + x)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    plan = fastgen.compile(Wasteful(), (1, 6, 9), Categorical(4, encode="symmetric", params="B(n*C)*")).plan
+    work = classes(plan)
+    assert work["row"].macs == (1 * 16 * 6 + 16 * 16 * 3) * 54
+    assert all("unused" not in i.lead.node.path for i in plan.layout.instrs)
+
+
+def test_colours_are_phases(compiled: Compiled) -> None:
+    """Three values a pixel: of every layer just the third that is due runs at each step."""
+    for case in by_name("rgb-thirds", "rgb-interleaved", "rgb-unrolled"):
+        plan = compiled(case).plan
+        program = plan.program()
+        assert plan.spec.phases == 3 == int(program.head["phases"]) and program.steps == case.steps
+        assert program.row_len == 3 * case.sites[1]
+        last = max(i.index for i in plan.layout.instrs)
+        per_step = np.diff(program.step_ptr)
+        assert per_step.min() > 0 and per_step.max() < last + 1, "no step runs everything"
+
+
+def test_vectors_are_one_site(compiled: Compiled) -> None:
+    (case,) = by_name("masked-mlp")
+    plan = compiled(case).plan
+    assert plan.spec.vector and plan.spec.grid == (1, 1) and plan.program().steps == 14
+    hidden = [i for i in plan.layout.instrs if i.host is not None]
+    ready = [int(i.lead.ready.max()) for i in hidden]
+    assert len(set(ready)) >= 13, "each degree has units of its own"
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+SEQUENCES = [c for c in cases() if "T" in c.axes and not c.cond() and c.name.startswith(("wavenet", "stereo"))]
+
+
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_memory_does_not_grow_with_the_length(case: Case, compiled: Compiled) -> None:
+    plan = compiled(at_length(case, 96)).plan
+    programs = [plan.program(length) for length in (96, 500, 20_000)]
+    assert len({p.arena for p in programs}) == 1
+    assert len({(len(p.ops), len(p.step_items), len(p.row_items), p.period, len(p.weights)) for p in programs}) == 1
+    assert [p.steps for p in programs] == [n * plan.spec.phases for n in (96, 500, 20_000)]
+    assert programs[0].arena < 20_000
+
+
+def test_rings_are_as_long_as_the_reach() -> None:
+    """A dilation of d reads d sites back, so a ring of about that many sites, whatever runs ahead in chunks, holds."""
+    (case,) = by_name("wavenet-onehot")
+    program = compile_case(at_length(case, 96)).plan.program(5000)
+    rings = program.buffers["ring_cols"]
+    assert rings.max() <= 4 + 8 + 2 and (program.buffers["cols"] == 5000).all()
+
+
+def test_long_sequences_are_planned_short() -> None:
+    (case,) = by_name("wavenet-onehot")
+    long = compile_case(at_length(case, 100_000))
+    assert long.plan.spec.sites[0] <= 1024 and long.spec.sites == (100_000,)
+    assert long.plan.program(100_000).steps == 100_000 == long.plan.program(long.spec.grid[1]).steps
+    assert long.verify().ok
+    short = compile_case(at_length(case, 64)).sample(2, seed=3, length=700)
+    assert torch.equal(long.sample(2, seed=3, length=700), short)
+
+
+# ---- receptive fields ------------------------------------------------------------------------------------------------
+def test_receptive_field_of_images() -> None:
+    assert two_stacks(12, 12).receptive_field == (4, 5)  # 3 rows above and its own; 2 columns to either side
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_receptive_field_of_wavenets(kernel: int) -> None:
+    model = build(
+        dict(model="wavenet", layers=8, stacks=2, residual=4, gate=4, skip=4, kernel_size=kernel, output="softmax", classes=5, length=200)
+    )
+    sampler = fastgen.compile(model, threads=1)
+    assert sampler.receptive_field == (model.receptive_field,)  # type: ignore[attr-defined]
+    assert sampler.receptive_field == (1 + 2 * (1 + 2 + 4 + 8) * (kernel - 1),)
+
+
+@pytest.mark.parametrize("case", by_name("masked-sequential", "unet-nearest", "wavenet-embedded", "pooled-rows", "rgb-thirds"), ids=str)
+def test_receptive_field_is_a_bound(case: Case, compiled: Compiled) -> None:
+    """No output moves when an input outside of it does."""
+    field = compiled(case).receptive_field
+    model = case.build().eval()
+    values = case.random_values(1, torch.Generator().manual_seed(0))
+    base = case.parameters(model, values)
+    steps = base.shape[1] // values[0, ..., 0].numel()
+    for site in ((0,) * len(case.sites), tuple(s // 3 for s in case.sites)):
+        other = values.clone()
+        other[(0, *site)] = 1 - other[(0, *site)] if case.head.discrete and case.head.n == 2 else -other[(0, *site)] + (
+            (case.head.n - 1) if case.head.discrete else 0.3
+        )
+        moved = (case.parameters(model, other) - base).abs().amax(-1).reshape(*case.sites, steps).amax(-1) > 1e-6
+        for i in moved.nonzero().tolist():
+            away = [abs(a - b) for a, b in zip(i, site, strict=True)]
+            assert all(d < f for d, f in zip(away, field, strict=True)), f"{i} reads {site}, field {field}"
+        assert moved.any()
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_plans_can_be_read(case: Case, compiled: Compiled) -> None:
+    sampler = compiled(case)
+    text = str(sampler.plan)
+    assert str(sampler.plan.spec.shape) in text and case.head.name in text
+    assert f"{sampler.plan.spec.steps} steps" in text
+    assert "per row" in text and "per site" in text and "receptive field" in text
+    named = {name for name, _ in sampler.model.named_modules() if name}
+    shown = {line.split()[-1] for line in text.splitlines() if line.startswith("    ")}
+    assert shown & named or len(named) < 2, "layers go by their names"
+    assert max(map(len, text.splitlines())) < 160
+
+
+def test_plan_counts_what_it_says() -> None:
+    text = str(two_stacks(6, 9).plan)
+    assert "54 steps in rows of 9" in text
+    assert re.search(r"per row .* 1\.63 kMAC a step", text), text  # 96 + 1536
+    assert re.search(r"hoisted to row .* 128 MAC a step", text), text
+    assert re.search(r"per site .* 48 MAC a step", text), text
