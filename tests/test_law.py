@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -200,3 +201,32 @@ def test_a_length_is_what_a_fresh_compile_gives(case: Case, compiled: Compiled) 
         slow_like = values_of(here, fresh)
         ours = values_of(here, sampler.sample(3, seed=2, length=length))
         torch.testing.assert_close(ours, slow_like, atol=2e-4, rtol=2e-4)
+
+
+FRAMES = {"wavenet-repeated-frames": 6, "wavenet-transposed-frames": 4, "wavenet-vocoder": 8, "wavenet-unfolded": 1}
+
+
+def conditions(case: Case, n: int, length: int) -> tuple[Any, ...]:
+    """Conditioning of a case for n samples of `length` sites: frames of its hop are made as long."""
+    hop, out = FRAMES[case.name], []
+    for c in case.conds(n):
+        if c.dim() == 3:
+            generator = torch.Generator().manual_seed(length)
+            c = torch.randn(c.shape[0], c.shape[1], length // hop, generator=generator)
+        out.append(c)
+    return tuple(out)
+
+
+@pytest.mark.parametrize("case", by_name(*FRAMES), ids=str)
+def test_any_length_with_conditioning(case: Case) -> None:
+    """Frames follow the length; a label does not."""
+    at = replace(at_length(case, 96), conds=lambda n: conditions(case, n, 96))
+    sampler = compile_case(at)
+    for length in (24, 72, 96, 120, 240):
+        here, cond = at_length(case, length), conditions(case, 2, length)
+        ours = values_of(here, sampler.sample(2, seed=length, length=length, cond=cond))
+        truth = parameters(here, here.build().eval(), ours, cond)
+        again = here.head.draw(truth, noise_of(here, 2, length))
+        torch.testing.assert_close(ours.reshape(again.shape), again, atol=2e-4, rtol=2e-4)
+        nats = sampler.log_prob(sampler.sample(2, seed=length, length=length, cond=cond), cond)
+        assert nats.shape == (2,) and nats.isfinite().all()

@@ -182,16 +182,14 @@ def test_dtypes_of_the_tables_are_checked() -> None:
                 )
 
 
-@pytest.mark.parametrize("kind", ["cut", "int", "float"])
 @pytest.mark.parametrize(
     "case", by_name("rgb-unrolled", "wavenet-embedded", "gated-cropped", "masked-layernorm"), ids=str
 )
-def test_mutated_tables_never_crash(case: Case, kind: str) -> None:
+def test_mutated_tables_never_crash(case: Case) -> None:
     """Each is refused with ValueError, or runs. In a process of its own, so that a crash would be seen as one."""
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.mutate", case.name, kind], capture_output=True, text=True, timeout=240,
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), *sys.path])), check=False,
-    )  # fmt: skip
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), *sys.path]))
+    command = [sys.executable, "-m", "tests.mutate", case.name]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
     assert child.returncode == 0, f"exit {child.returncode} after {child.stdout[-600:]}\n{child.stderr[-2000:]}"
     refused, ran = map(int, child.stdout.strip().splitlines()[-1].split())
-    assert refused + ran == 150 and ran > 0 and (refused > 0 or kind == "float")
+    assert refused + ran == 300 and ran > 30 and refused > 30

@@ -56,7 +56,10 @@ def test_constants_are_those_of_the_header() -> None:
     assert panel is not None and int(panel[1]) == T.PANEL
     kinds = parse_enum("BufferKind")
     assert (kinds["state"], kinds["input"], kinds["cond"], kinds["const"]) == (T.STATE, T.INPUT, T.COND, T.CONST)
-    heads = {h.name.lower(): h.kind for h in (fastgen.heads.LogisticMixture, Categorical, Bernoulli, fastgen.heads.GaussianMixture)}
+    heads = {
+        h.name.lower(): h.kind
+        for h in (fastgen.heads.LogisticMixture, Categorical, Bernoulli, fastgen.heads.GaussianMixture)
+    }
     assert heads == parse_enum("HeadKind")
 
 
@@ -84,7 +87,9 @@ HEAD = Categorical(4, encode="symmetric", params="BnC*")
 
 def two_stacks(rows: int, cols: int) -> Sampler:
     torch.manual_seed(0)
-    return fastgen.compile(TwoStacks(), (1, rows, cols), Categorical(4, encode="symmetric", params="B(n*C)*"), threads=1)
+    return fastgen.compile(
+        TwoStacks(), (1, rows, cols), Categorical(4, encode="symmetric", params="B(n*C)*"), threads=1
+    )
 
 
 def test_rows_wait_and_sites_do_not() -> None:
@@ -185,14 +190,27 @@ def test_receptive_field_of_images() -> None:
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_receptive_field_of_wavenets(kernel: int) -> None:
     model = build(
-        dict(model="wavenet", layers=8, stacks=2, residual=4, gate=4, skip=4, kernel_size=kernel, output="softmax", classes=5, length=200)
+        dict(
+            model="wavenet",
+            layers=8,
+            stacks=2,
+            residual=4,
+            gate=4,
+            skip=4,
+            kernel_size=kernel,
+            output="softmax",
+            classes=5,
+            length=200,
+        )
     )
     sampler = fastgen.compile(model, threads=1)
     assert sampler.receptive_field == (model.receptive_field,)  # type: ignore[attr-defined]
     assert sampler.receptive_field == (1 + 2 * (1 + 2 + 4 + 8) * (kernel - 1),)
 
 
-@pytest.mark.parametrize("case", by_name("masked-sequential", "unet-nearest", "wavenet-embedded", "pooled-rows", "rgb-thirds"), ids=str)
+@pytest.mark.parametrize(
+    "case", by_name("masked-sequential", "unet-nearest", "wavenet-embedded", "pooled-rows", "rgb-thirds"), ids=str
+)
 def test_receptive_field_is_a_bound(case: Case, compiled: Compiled) -> None:
     """No output moves when an input outside of it does."""
     field = compiled(case).receptive_field
@@ -202,8 +220,10 @@ def test_receptive_field_is_a_bound(case: Case, compiled: Compiled) -> None:
     steps = base.shape[1] // values[0, ..., 0].numel()
     for site in ((0,) * len(case.sites), tuple(s // 3 for s in case.sites)):
         other = values.clone()
-        other[(0, *site)] = 1 - other[(0, *site)] if case.head.discrete and case.head.n == 2 else -other[(0, *site)] + (
-            (case.head.n - 1) if case.head.discrete else 0.3
+        other[(0, *site)] = (
+            1 - other[(0, *site)]
+            if case.head.discrete and case.head.n == 2
+            else -other[(0, *site)] + ((case.head.n - 1) if case.head.discrete else 0.3)
         )
         moved = (case.parameters(model, other) - base).abs().amax(-1).reshape(*case.sites, steps).amax(-1) > 1e-6
         for i in moved.nonzero().tolist():
@@ -220,9 +240,9 @@ def test_plans_can_be_read(case: Case, compiled: Compiled) -> None:
     assert str(sampler.plan.spec.shape) in text and case.head.name in text
     assert f"{sampler.plan.spec.steps} steps" in text
     assert "per row" in text and "per site" in text and "receptive field" in text
-    named = {name for name, _ in sampler.model.named_modules() if name}
-    shown = {line.split()[-1] for line in text.splitlines() if line.startswith("    ")}
-    assert shown & named or len(named) < 2, "layers go by their names"
+    named = {"output", *(name or type(module).__name__ for name, module in sampler.model.named_modules())}
+    listed = [line.split("   (and")[0] for line in text.splitlines() if line.startswith("    ")]
+    assert listed and {line.split()[-1] for line in listed} <= named, "layers go by their names"
     assert max(map(len, text.splitlines())) < 160
 
 

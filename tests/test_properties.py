@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastgen import NotCausalError, Sampler
+from fastgen import NotCausalError, Sampler, UnsupportedError
 from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, LogisticMixture
 from tests.cases import Case, randomise
 from tests.oracle import at_length, compile_case, noise_of, parameters, run_given, values_of
@@ -125,8 +126,13 @@ HEADS: list[tuple[Head, int, int]] = [  # head, value channels, outputs a site
 ]
 
 
-def check(case: Case) -> None:
-    """Both executors verify, and step as forward does through values of our own."""
+def check(case: Case, *refusals: str) -> None:
+    """Both executors verify, and step as forward does through values of our own; or the refusal is one of these."""
+    try:
+        compile_case(case)
+    except UnsupportedError as error:
+        assume(not any(text in str(error) for text in refusals))
+        raise
     model, values = case.build().eval(), case.random_values(2, torch.Generator().manual_seed(3))
     truth = parameters(case, model, values, ())
     scale = max(1.0, float(truth.abs().max()))
@@ -154,7 +160,9 @@ def test_random_image_networks(size: tuple[int, int], layers: list[Layer], which
             lambda: randomise(RandomImageNet(channels, layers, out), seed, 1.1),
             (channels, *size),
             head,
-        )
+        ),
+        "does not depend on the sampled tensor",  # blocks that leave a small image, moved down
+        *(["one lane mixes"] if min(size) < 3 else []),  # what is a row and what a block cannot be told apart
     )
 
 
@@ -221,7 +229,7 @@ def check_length(sampler: Sampler, case: Case, length: int) -> None:
     near = here.head.near_tie(
         truth, truth + 1e-5 * max(1.0, float(truth.abs().max())), noise_of(here, 2, length), drawn
     )
-    assert bool(((drawn - again).abs() <= 1e-4 + 0).all(-1).logical_or(near).all()), f"length {length}"
+    assert bool(((drawn - again).abs() <= 1e-4).all(-1).logical_or(near).all()), f"length {length}"
 
 
 @SETTINGS
@@ -237,7 +245,9 @@ def test_random_sequence_networks(
         "random", lambda: randomise(RandomSequenceNet(channels, layers, out), seed, 1.1), (channels, length),
         head.with_layout("B(n*C)*"), predicts="next",
     )  # fmt: skip
-    check(case)
+    strides = [layer[3] for layer in layers if layer[0] == "strided"]
+    repeats = math.lcm(8, math.prod(strides)) * 4 <= length
+    check(case, *([] if repeats else ["does not repeat"]))
     if length >= 64:
         sampler = compile_case(case)
         for other in others:

@@ -172,7 +172,9 @@ def receptive_field(graph: Graph, spec: Spec) -> tuple[int, ...]:
             step = scale[ref.node]
             scale[node.index] = (step[0] * ratio[0], step[1] * ratio[1])
             oi, oj = ref.at.off[0] / ref.at.div[0] * step[0], ref.at.off[1] / ref.at.div[1] * step[1]
-            seen = (below[0] + oi, below[1] + oi, below[2] + oj, below[3] + oj)
+            # a fine site reads the coarse one it rounds down to: up to a stride less one further back
+            ri, rj = (step[a] * ((1 - 1 / ref.at.div[a]) + (1 - 1 / up[a])) for a in (0, 1))
+            seen = (below[0] + oi - ri, below[1] + oi, below[2] + oj - rj, below[3] + oj)
             best = seen if best is None else (
                 min(best[0], seen[0]), max(best[1], seen[1]), min(best[2], seen[2]), max(best[3], seen[3])
             )  # fmt: skip
