@@ -1,5 +1,8 @@
 """What the planner finds, on models whose structure can be counted by hand; and the tables as C and Python see them."""
 
+# As users write: modules are not annotated in full.
+# mypy: disable-error-code="no-any-return,comparison-overlap"
+
 from __future__ import annotations
 
 import re
@@ -204,7 +207,7 @@ def test_receptive_field_of_wavenets(kernel: int) -> None:
         )
     )
     sampler = fastgen.compile(model, threads=1)
-    assert sampler.receptive_field == (model.receptive_field,)  # type: ignore[attr-defined]
+    assert sampler.receptive_field == (model.receptive_field,)
     assert sampler.receptive_field == (1 + 2 * (1 + 2 + 4 + 8) * (kernel - 1),)
 
 

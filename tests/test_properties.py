@@ -1,5 +1,8 @@
 """Random networks: stepping equals forward for whatever hypothesis can put together, and causality is judged rightly."""
 
+# As users write: modules are not annotated in full.
+# mypy: disable-error-code="no-any-return,operator,arg-type"
+
 from __future__ import annotations
 
 import math
@@ -17,7 +20,7 @@ from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, Logisti
 from tests.cases import Case, randomise
 from tests.oracle import at_length, compile_case, noise_of, parameters, run_given, values_of
 
-SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 ACTIVATIONS = {
     "relu": F.relu, "elu": F.elu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
     "leaky": lambda x: F.leaky_relu(x, 0.2), "softplus": F.softplus, "glu": lambda x: F.glu(torch.cat([x, x.flip(1)], 1), 1),
@@ -294,7 +297,7 @@ def masks(draw: st.DrawFn) -> tuple[Tensor, ...]:
     return tuple(made)
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=25)
 @given(masks=masks(), size=st.tuples(st.integers(2, 4), st.integers(2, 4)), seed=st.integers(0, 99))
 def test_causality_is_judged_rightly(masks: tuple[Tensor, ...], size: tuple[int, int], seed: int) -> None:
     """The planner refuses just those masks for which some parameter moves when a value not yet drawn changes."""

@@ -19,6 +19,7 @@ from fastgen.backends.base import Request
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.plan.capture import FORWARD_ERRORS, METADATA_OPS, ModulePath, eval_mode, plain, refused
 from fastgen.plan.ir import CondNode, Graph
+from fastgen.plan.pack import grown
 from fastgen.plan.rules_linear import LINEAR
 from fastgen.plan.rules_pointwise import COMPUTED, POINTWISE
 from fastgen.plan.table import Program
@@ -134,7 +135,7 @@ class Harvester:
             return value.reshape(1, 1, 1)
         index = list(torch.unravel_index(node.gather, shape))
         if spec.sequence and node.grid[1] > 1:
-            cols = node.grid[1] + spec.grid[1] - self.spec.grid[1]
+            cols = grown(node.grid[1], self.spec.grid[1], spec.grid[1])
             index = [_stretch(k, cols, node.path) for k in index]
         for k, size in zip(index, value.shape, strict=True):
             if int(k.max()) >= size:

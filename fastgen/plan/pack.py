@@ -41,6 +41,18 @@ def pack(layout: Layout, head: dict[str, Any], weight_dtype: torch.dtype, length
     return _Packer(layout, weight_dtype, length).program(head)
 
 
+def grown(cols: int, planned: int, length: int) -> int:
+    """Columns of a grid that had `cols` of them at the planned number of sites, at another: grids scale with the
+    sequence by a whole stride (or a whole number of columns a site), margins and single values do not."""
+    if length == planned or cols == 1:
+        return cols
+    if cols > 1.5 * planned:
+        per_site = round(cols / planned)
+        return max(1, length * per_site + cols - planned * per_site)
+    stride = max(1, round(planned / cols))
+    return max(1, -(-length // stride) + cols - -(-planned // stride))
+
+
 class _Packer:
     def __init__(self, layout: Layout, weight_dtype: torch.dtype, length: int | None) -> None:
         self.layout = layout
@@ -110,10 +122,8 @@ class _Packer:
 
     # ---- buffers -------------------------------------------------------------------------------------------------
     def _grow_cols(self, cols: int) -> int:
-        """Columns of a grid at the requested length; grids scale with the sequence, single values do not."""
-        if not self.grow or cols == 1:
-            return cols
-        return max(1, cols - (-self.grow * cols) // self.layout.grid[1])
+        """Columns of a grid at the requested length."""
+        return grown(cols, self.layout.grid[1], self.layout.grid[1] + self.grow)
 
     def _buffer(self, channels: int, grid: Pair, kind: int, ring: int | None, offset: int = 0) -> int:
         rows, cols = grid[0], self._grow_cols(grid[1]) if grid[0] == 1 else grid[1]
