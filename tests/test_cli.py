@@ -172,7 +172,7 @@ def test_default_model_is_a_shipped_image_model(
         ("digits", ("--out", "x.jpg"), "output x.jpg: these samples are images; expected a name in .png"),
         ("digits", ("--mask", "top"), "--mask top: needs --given"),
         ("digits", ("--given", "nothing.png"), "No such file or directory: 'nothing.png'"),
-        ("digits", ("--temperature", "0"), "temperature=0.0: expected a finite number > 0"),
+        ("digits", ("--temperature", "0"), "temperature=0.0: expected a finite float32 > 0"),
         ("digits", ("--first", "-1"), "first=-1: expected a sample index >= 0"),
         ("digits", ("--seed", "-1"), "seed=-1: expected a number from 0"),
     ],
@@ -295,7 +295,13 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
-def test_train(saved: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train(
+    saved: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
     assert run("train", "--list") == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
     assert "train what? expected a recipe: mnist-" in fails(capsys, "train")
@@ -304,6 +310,10 @@ def test_train(saved: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     recipe = replace(RECIPES["mnist-gated-pixelcnn-small"], batch=2)
     monkeypatch.setitem(RECIPES, "digits", replace(recipe, model=dict(DIGITS, classes=10, shape=[28, 28])))
+    from fastgen.train.data import mnist
+
+    mnist.cache_clear()
+    request.addfinalizer(mnist.cache_clear)  # so that nobody else sees this split
     monkeypatch.setattr("fastgen.train.data.HELD_OUT_DIGITS", 4)
     assert run("train", "digits", "--steps", 1, "-q") == 0
     assert re.search(r"wrote runs/digits: .* after 1 steps, [\d.]+ bits/dim held out", capsys.readouterr().out)

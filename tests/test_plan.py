@@ -255,3 +255,27 @@ def test_plan_counts_what_it_says() -> None:
     assert re.search(r"per row .* 1\.63 kMAC a step", text), text  # 96 + 1536
     assert re.search(r"hoisted to row .* 128 MAC a step", text), text
     assert re.search(r"per site .* 48 MAC a step", text), text
+
+
+# ---- what does not matter --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["mul", "where", "muladd", "sites"])
+def test_constant_masks(how: str) -> None:
+    """Channels or sites that a constant mask puts out carry no dependency, and are no trouble."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.left, self.out = nn.Conv2d(1, 4, (1, 2)), nn.Conv2d(4, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.left(F.pad(x, (2, -1)))
+            mask = torch.tensor([1.0, 0, 1, 0]).view(1, 4, 1, 1)
+            if how == "sites":
+                mask = (torch.arange(x.shape[3]) % 2).float()
+            if how == "where":
+                return self.out(torch.where(mask > 0, h, torch.zeros(())))
+            return self.out(h * mask + h if how == "muladd" else h * mask)
+
+    head = Categorical(5, encode="symmetric", params="B(n*C)*")
+    assert fastgen.compile(Masked(), (1, 6, 7), head).verify().ok

@@ -23,7 +23,7 @@ from fastgen.plan.ir import (
     TapW,
     refs,
 )
-from fastgen.plan.ready import Ready
+from fastgen.plan.ready import Ready, dead_operands
 
 
 @dataclass(eq=False)
@@ -132,6 +132,9 @@ class Splitter:
         elif isinstance(node, MapNode):
             unit.kind, unit.fn, unit.imm = "map", node.fn, node.imm
             unit.operands = [self._pieces(ps, chans) for ps in node.operands]
+            for k, dead in dead_operands(node).items():  # what cannot matter at any site is not waited for
+                if bool(dead[chans].all()):
+                    unit.operands[k] = [Piece(0, len(chans), const=torch.zeros(len(chans)))]
         elif isinstance(node, ReduceNode | EmbedNode):
             unit.kind = "reduce" if isinstance(node, ReduceNode) else "embed"
             unit.fn = node.fn if isinstance(node, ReduceNode) else "embed"
