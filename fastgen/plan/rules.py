@@ -78,7 +78,7 @@ MOVES = frozenset(
 REFUSED = {
     "_scaled_dot_product": "attention",
     "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
-    "cumsum": "a running sum", "cumprod": "a running product", "bmm": "a product of two sampled tensors (attention?)",
+    "cumsum": "a running sum", "cumprod": "a running product",
     "native_group_norm": "a norm over sites", "sort": "sorting", "topk": "top-k",
 }  # fmt: skip
 
@@ -151,7 +151,7 @@ def _mutate(tr: Tracer, func: Any, name: str, args: Any, kwargs: Any, dynamic: b
     base = name[:-1] if name.endswith("_") else name
     if base in ("zero", "fill") and not (isinstance(args[-1], Tensor) and tr.dynamic(args[-1])):
         ids: Ids = torch.full(target.shape, fit.CONST)
-    elif dynamic and base in ("copy", "set_data"):
+    elif dynamic and base == "copy":
         ids = tr.ids(args[1]).expand(target.shape).clone()
         if conditional and bool((ids == fit.COND).any()):
             tr.notes.append(f"{tr.path.current}: conditioning copied into a sampled tensor")
