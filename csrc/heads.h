@@ -24,7 +24,7 @@ FG_HD inline int head_uniforms(const Head& h) {
 
 // Inverse CDF: the first k with p_0 + ... + p_k > u * total, p_k = exp((logits_k - max) / temperature). The first pass
 // leaves the sum at 32 marks, so that the second makes only the p between two of them again, to the same sums.
-FG_HD inline int32_t pick(const float* logits, int32_t n, double u, double temperature) {
+inline int32_t pick(const float* logits, int32_t n, double u, double temperature) {
   constexpr int32_t kMarks = 32;
   float most = logits[0];
   for (int32_t k = 1; k < n; ++k) most = logits[k] > most ? logits[k] : most;
@@ -119,10 +119,9 @@ FG_HD inline double coefficient(const float* params, int32_t n, int32_t m, int32
 // PixelCNN++ (Salimans et al. 2017, eq. 1 to 3). One channel: [logits, means, log-scales] of n mixtures each; three:
 // n logits, then per colour [means, log-scales, coefficients]. The mean of green gets coefficient 0 times red, that of
 // blue 1 times red and 2 times green. known: values that are not drawn (NaN: drawn), or null; later colours see them.
-FG_HD inline void draw_logistic_mixture(const Head& h, const float* params, const float* u, double temperature,
-                                        const float* known, float* value) {
+FG_HD inline void logistic_mixture_value(const Head& h, const float* params, int32_t m, const float* u,
+                                         double temperature, const float* known, float* value) {
   const int32_t n = h.n, kinds = h.channels == 1 ? 2 : 3;
-  const int32_t m = pick(params, n, u[0], temperature);
   const double half = 0.5 * (h.levels - 1);
   for (int32_t c = 0; c < h.channels; ++c) {
     if (known && known[c] == known[c]) {
@@ -144,27 +143,39 @@ FG_HD inline void draw_logistic_mixture(const Head& h, const float* params, cons
   }
 }
 
-// One mixture may come without its logit: two parameters.
-FG_HD inline float draw_gaussian_mixture(const Head& h, const float* params, const float* u, double temperature) {
-  const bool alone = h.params == 2 * h.n;
-  const float* own = alone ? params : params + h.n + pick(params, h.n, u[0], temperature);
+// Logits of the choice that a step begins with: params[0, head_logits). 0: there is none. One Gaussian may come without
+// its logit, with two parameters.
+FG_HD inline int32_t head_logits(const Head& h) {
+  if (h.kind == kBernoulli || (h.kind == kGaussianMixture && h.params == 2 * h.n)) return 0;
+  return h.n;
+}
+
+FG_HD inline float gaussian_value(const Head& h, const float* params, int32_t m, const float* u, double temperature) {
+  const float* own = params + head_logits(h) + m;
   const float x = static_cast<float>(own[0] + scale_of(own[h.n], h.floor_log_scale, temperature) * ndtri(u[1]));
   return x < h.clip_lo ? h.clip_lo : x > h.clip_hi ? h.clip_hi : x;
 }
 
-// Draws the value of one step: h.channels values for LogisticMixture, else one. params: h.params of them; u:
-// head_uniforms(h); temperature > 0 divides logits and multiplies scales.
-FG_HD inline void head_draw(const Head& h, const float* params, const float* u, float temperature, float* value,
-                            const float* known = nullptr) {
+// The value of one step, m being the choice: h.channels values for LogisticMixture, else one. params: h.params of them;
+// u: head_uniforms(h); temperature > 0 divides logits and multiplies scales.
+FG_HD inline void head_value(const Head& h, const float* params, int32_t m, const float* u, float temperature,
+                             float* value, const float* known) {
   switch (h.kind) {
-    case kLogisticMixture: return draw_logistic_mixture(h, params, u, temperature, known, value);
-    case kCategorical: value[0] = static_cast<float>(pick(params, h.n, u[0], temperature)); break;
+    case kLogisticMixture: return logistic_mixture_value(h, params, m, u, temperature, known, value);
+    case kCategorical: value[0] = static_cast<float>(m); break;
     case kBernoulli:
       value[0] = u[0] < 1 / (1 + exp(-static_cast<double>(params[0]) / temperature)) ? 1.0f : 0.0f;
       break;
-    case kGaussianMixture: value[0] = draw_gaussian_mixture(h, params, u, temperature); break;
+    case kGaussianMixture: value[0] = gaussian_value(h, params, m, u, temperature); break;
   }
   if (known && known[0] == known[0]) value[0] = known[0];
+}
+
+// Choice and value. known: values that are not drawn (NaN: drawn), or null.
+inline void head_draw(const Head& h, const float* params, const float* u, float temperature, float* value,
+                      const float* known = nullptr) {
+  const int32_t n = head_logits(h);
+  head_value(h, params, n > 0 ? pick(params, n, u[0], temperature) : 0, u, temperature, value, known);
 }
 
 }  // namespace fastgen

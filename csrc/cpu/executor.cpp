@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "driver.h"
-#include "validate.h"
+#include "../validate.h"
 
 namespace fastgen {
 namespace {

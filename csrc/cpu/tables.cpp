@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "validate.h"
+#include "../validate.h"
 
 namespace fastgen {
 namespace {

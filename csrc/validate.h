@@ -1,6 +1,6 @@
 // Checks a program once, so that the executor may trust every index in it.
 #pragma once
-#include "../plan.h"
+#include "plan.h"
 
 namespace fastgen {
 

@@ -1,0 +1,47 @@
+// Running lowered programs on a CUDA device: what it can hold, the launch, and the wait.
+#pragma once
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "ladder.h"
+#include "lowered.h"
+
+namespace fastgen::team {
+
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Device {
+  std::string name;
+  int32_t major = 0, minor = 0, multiprocessors = 0;
+  int32_t shared_bytes = 0;  // of a CTA, at most
+  int64_t memory = 0;
+};
+
+// Throws CudaError: no driver, an old driver, no such device, a device older than sm_80.
+Device device_info(int device);
+
+// What the device holds at once of the kernel for a precision. Throws CudaError.
+Limits device_limits(int device, Precision precision, int32_t shared_bytes);
+
+struct CudaRun {
+  int device = 0;
+  uint64_t stream = 0;       // the caller's cudaStream_t
+  uint64_t side_stream = 0;  // another one, for words to and from a running kernel
+  Rung rung = {};
+  Precision precision = kFloat32;
+  int32_t shared_bytes = 0;
+};
+
+// Called with the number of steps done by all teams; false cancels.
+using Progress = std::function<bool(int64_t)>;
+
+// Launches and waits for the end. The pointers of `launch` lead into device memory, that of control into pinned host
+// memory; all words are zeroed. `progress` is called as rows are finished, `out` being complete for the steps done.
+// Returns the number of steps done: all of them, or fewer if cancelled. Throws CudaError, Lost, and what `progress`
+// throws, after the kernel has ended. Allocates nothing: freeing device memory would wait for other samplers' kernels.
+int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progress);
+
+}  // namespace fastgen::team

@@ -1,0 +1,97 @@
+// A team of CTAs on a GPU, for the interpreter. Numbers pass between CTAs through the second-level cache; kinds of team
+// differ in how their CTAs meet, which is decided at launch:
+//   kCtaTeam      alone: __syncthreads
+//   kClusterTeam  the hardware's cluster barrier (sm_90). CTAs of a cluster are scheduled together, and threads that
+//                 exit count as arrived, so nobody can wait for ever
+//   kGridTeam     a counter in memory. Its CTAs must all be resident (cooperative launch); a partner that does not come
+//                 within `patience` is reported, and everybody leaves
+#pragma once
+#include "ladder.h"
+#include "lowered.h"
+#include "warp.h"
+
+namespace fastgen::team {
+
+FG_D uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+FG_D uint64_t nanoseconds() {
+  uint64_t t;
+  asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t));
+  return t;
+}
+
+class DeviceTeam {
+ public:
+  FG_D DeviceTeam(const Launch& a, TeamKind kind, int ctas) : a_(a), kind_(kind), size_(ctas) {}
+
+  FG_D int index() const { return blockIdx.x / size_; }
+  FG_D int rank() const { return blockIdx.x % size_; }
+  FG_D int size() const { return size_; }
+  FG_D int warp() const { return threadIdx.x / kLanes; }
+  FG_D int warps() const { return blockDim.x / kLanes; }
+  FG_D int lane() const { return threadIdx.x % kLanes; }
+  FG_D char* shared() const {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+  }
+  FG_D void at(int64_t step, int32_t op) { step_ = step, op_ = op; }
+
+  FG_D void sync_warp() const { __syncwarp(); }
+  FG_D void sync_cta() const { __syncthreads(); }
+  FG_D bool sync() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (kind_ == kClusterTeam) {
+      asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+      return true;
+    }
+#endif
+    if (kind_ == kGridTeam) return meet_in_memory();
+    __syncthreads();
+    return true;
+  }
+
+  FG_D uint32_t peek(const uint32_t* word) const { return *static_cast<const volatile uint32_t*>(word); }
+  FG_D void post(uint32_t* word, uint32_t value) const { *static_cast<volatile uint32_t*>(word) = value; }
+  FG_D void post_to_host(uint32_t* word, uint32_t value) const {
+    __threadfence_system();
+    post(word, value);
+  }
+
+ private:
+  FG_D bool meet_in_memory() {
+    __syncthreads();
+    int lost = 0;
+    if (threadIdx.x == 0) {
+      uint32_t* counter = a_.barrier + index() * kBarrierWords;
+      goal_ += size_;
+      asm volatile("red.release.gpu.global.add.u32 [%0],1;" ::"l"(counter) : "memory");
+      const uint64_t start = nanoseconds();
+      while (lost == 0 && static_cast<int32_t>(load_acquire(counter) - goal_) < 0) {
+        if (peek(&a_.fault->code) != kNoFault)
+          lost = 1;
+        else if (nanoseconds() - start > a_.patience)
+          lost = report();
+      }
+    }
+    return __syncthreads_or(lost) == 0;
+  }
+
+  FG_D int report() const {
+    if (atomicCAS(&a_.fault->code, static_cast<uint32_t>(kNoFault), static_cast<uint32_t>(kLostPartner)) == kNoFault)
+      a_.fault->team = index(), a_.fault->rank = rank(), a_.fault->op = op_, a_.fault->step = step_;
+    return 1;
+  }
+
+  const Launch& a_;
+  const TeamKind kind_;
+  const int size_;
+  uint32_t goal_ = 0;
+  int64_t step_ = 0;
+  int32_t op_ = -1;
+};
+
+}  // namespace fastgen::team

@@ -1,0 +1,118 @@
+"""The CUDA executor: one persistent kernel runs the whole loop, with no launch and no Python per step."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.backends.base import Cancelled, Request
+from fastgen.backends.cpu import native
+from fastgen.backends.team import Lowered, TeamExecutor
+from fastgen.errors import FastgenError, UnsupportedError
+from fastgen.plan.build import Plan
+from fastgen.plan.harvest import Harvester
+
+TEAMS = ("auto", "cluster16", "cluster8", "grid", "cta")
+WARPS = 8  # of a CTA, as the kernel is compiled
+MOST_SLOTS = 8192
+MEMORY_SHARE = 0.8  # of what is free may go to the state of samples in flight
+
+
+def cuda_device(device: torch.device) -> tuple[torch.device, dict[str, Any]]:
+    """The device with its index, and what it is. Raises UnsupportedError where it cannot be used, saying why."""
+    if not native().has_cuda:
+        raise UnsupportedError(
+            f"device='{device}': the extension was built without CUDA (nvcc was not found then); install the CUDA "
+            "toolkit and build again"
+        )
+    if torch.version.cuda is None:
+        raise UnsupportedError(f"device='{device}': this torch ({torch.__version__}) is built without CUDA")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"device='{device}': torch finds no CUDA device (no GPU, or no driver that fits)")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        return torch.device("cuda", index), native().cuda_device(index)
+    except native().CudaError as error:
+        raise UnsupportedError(f"device='{device}': {error}") from error
+
+
+class CudaExecutor(TeamExecutor):
+    """float32 arithmetic, or bfloat16 or float16 products with float32 sums; runs on the caller's current stream.
+
+    team: which rung of the ladder (clusters of 16 or 8 CTAs, teams that meet in memory, single CTAs); "auto" takes the
+    first that the device can hold. `rung(slots)["text"]` says which.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self, plan: Plan, harvester: Harvester, dtype: torch.dtype, device: torch.device, team: str = "auto"
+    ) -> None:
+        device, self.properties = cuda_device(device)
+        self.team = team
+        super().__init__(plan, harvester, dtype, device)
+        self.limits: dict[str, Any] = self._native.cuda_limits(device.index, self.precision, self.shared_bytes)
+        self.rung(1)
+        self.lowered(None)
+
+    def _sizes(self) -> tuple[int, int]:
+        return int(self.properties["shared_bytes"]), WARPS
+
+    def rung(self, slots: int) -> dict[str, Any]:
+        """The teams that run so many samples: {kind, ctas, teams, text}."""
+        rung: dict[str, Any] = self._native.choose_rung(self.limits, slots, self.team)
+        return rung
+
+    def slots(self, length: int | None) -> int:
+        """As many samples at once as the free memory holds. Raises FastgenError where it holds none."""
+        each = 4 * self.lowered(length).arena
+        free = torch.cuda.mem_get_info(self.device)[0]
+        reusable = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        fit = int(MEMORY_SHARE * (free + reusable)) // each
+        if fit < 1:
+            raise FastgenError(f"{self.device}: one sample needs {each} bytes of state, and {free} are free")
+        return min(MOST_SLOTS, fit)
+
+    def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
+        native_ = self._native
+        rung = self.rung(request.slots)
+        teams = int(rung["teams"])
+        sizes = (native_.FAULT_BYTES, 8, 4 * teams + 4 * teams % 8, native_.BARRIER_BYTES * teams)
+        words = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
+        starts = [words.data_ptr() + sum(sizes[:k]) for k in range(len(sizes))]
+        control = torch.zeros(native_.CONTROL_BYTES * teams, dtype=torch.uint8, pin_memory=True)
+        launch |= dict(zip(("fault", "cancel", "stop", "barrier"), starts, strict=True), control=control.data_ptr())
+        stream = torch.cuda.current_stream(self.device)
+        side = torch.cuda.Stream(self.device)
+        while side.cuda_stream == stream.cuda_stream:  # torch hands out streams in turn
+            side = torch.cuda.Stream(self.device)
+        news = _News(request, out, side, self.plan.spec.order is None, lowered)
+        try:
+            done = native_.run_on_device(
+                {**launch, "teams": teams}, self.device.index, stream.cuda_stream, side.cuda_stream, rung,
+                self.precision, self.shared_bytes, news if request.progress is not None else None,
+            )  # fmt: skip
+        except (native_.CudaError, native_.LostPartner) as error:
+            raise FastgenError(f"{self.device}: {error}") from error
+        if done < lowered.program.steps:
+            raise Cancelled
+
+
+class _News:
+    """Told of finished steps while the kernel runs: brings what is new of `out` to the host, then tells the caller."""
+
+    def __init__(self, request: Request, out: Tensor, side: torch.cuda.Stream, raster: bool, lowered: Lowered) -> None:
+        self.request, self.out, self.side, self.raster = request, out, side, raster
+        self.phases, self.sites = int(lowered.program.head["phases"]), 0
+
+    def __call__(self, steps: int) -> bool:
+        if self.request.out is not None:
+            first, last = (self.sites, steps // self.phases) if self.raster else (0, self.out.shape[1])
+            with torch.cuda.stream(self.side) if self.out.is_cuda else contextlib.nullcontext():
+                self.request.out[:, first:last] = self.out[:, first:last].cpu()
+            self.sites = last
+        assert self.request.progress is not None
+        return self.request.progress(steps) is not False

@@ -1,0 +1,116 @@
+"""Executors of the lowered program (csrc/cuda): teams of CTAs on a GPU, or of host threads.
+
+The memory of a run is torch's: tensors are made here and handed to the native code as addresses.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.backends.base import Executor, Request
+from fastgen.backends.cpu import native
+from fastgen.plan.build import Plan
+from fastgen.plan.harvest import Harvester
+from fastgen.plan.table import Program
+
+PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+PATIENCE = 10_000_000_000  # nanoseconds that a barrier waits for a partner
+
+
+@dataclass
+class Lowered:
+    """A program for one length, lowered and on the device."""
+
+    program: Program
+    block: Tensor  # uint8
+    arena: int  # floats of state per slot
+    stages: int
+    column_stages: int
+
+
+class TeamExecutor(Executor):
+    """What both kinds share: lowering, the memory of a run, and the words that teams and host exchange."""
+
+    def __init__(self, plan: Plan, harvester: Harvester, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan, self.harvester, self.dtype, self.device = plan, harvester, dtype, device
+        self.precision = PRECISIONS[dtype]
+        self._native = native()
+        self._lowered: dict[int | None, Lowered] = {}
+        self.shared_bytes, self.warps = self._sizes()
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int]:
+        """Shared memory and warps of a CTA."""
+
+    @abstractmethod
+    def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
+        """Runs a launch to its end; raises Cancelled."""
+
+    def lowered(self, length: int | None) -> Lowered:
+        """The lowered program for a length; kept for the last few."""
+        if length not in self._lowered:
+            if len(self._lowered) >= 2:
+                self._lowered.pop(next(iter(self._lowered)))
+            program = self.plan.program(length)
+            tables = program.tables()
+            tables["head"] = tables["head"].reshape(1)
+            block, info = self._native.lower(tables, self.precision, self.shared_bytes, self.warps)
+            self._lowered[length] = Lowered(
+                program, torch.from_numpy(block).to(self.device), info["arena"], info["stages"], info["column_stages"]
+            )
+        return self._lowered[length]
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """See Executor; results are on the executor's device. Releases the GIL."""
+        lowered = self.lowered(request.length)
+        p, n = lowered.program, request.slots
+        out = self._zeros(n, p.rows * p.cols, int(p.head["channels"]))
+        params = self._zeros(n, p.steps, int(p.head["params"])) if request.want_params else None
+        arena = torch.empty(n, lowered.arena, dtype=torch.float32, device=self.device)
+        cond = [c.to(self.device, torch.float32).contiguous() for c in self.harvester.sources(p, request)]
+        pointers = torch.tensor([c.data_ptr() for c in cond] or [0], dtype=torch.int64).to(self.device)
+        given, mask = self._known(request)
+        launch = {
+            "block": lowered.block.data_ptr(), "arena": arena.data_ptr(), "arena_stride": lowered.arena,
+            "cond": pointers.data_ptr(), "out": out.data_ptr(), "params": 0 if params is None else params.data_ptr(),
+            "given": 0 if given is None else given.data_ptr(), "mask": 0 if mask is None else mask.data_ptr(),
+            "slots": n, "temperature": request.temperature, "seed": request.seed, "first": request.first,
+            "patience": PATIENCE,
+        }  # fmt: skip
+        self._launch(launch, request, out, lowered)
+        if request.out is not None:
+            request.out.copy_(out)
+        return out, params
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float32, device=self.device)
+
+    def _known(self, request: Request) -> tuple[Tensor | None, Tensor | None]:
+        if request.mask is None or request.given is None:
+            return None, None
+        given = request.given.to(self.device, torch.float32).contiguous()
+        return given, request.mask.to(self.device, torch.uint8).contiguous()
+
+
+class HostTeamExecutor(TeamExecutor):
+    """The GPU's interpreter on host threads: `ranks` CTAs of `warps` threads. For tests; it is not fast."""
+
+    name = "host-team"
+
+    def __init__(
+        self, plan: Plan, harvester: Harvester, dtype: torch.dtype = torch.float32,
+        ranks: int = 1, warps: int = 1, teams: int = 1, shared_bytes: int = 96 << 10,
+    ) -> None:  # fmt: skip
+        self.ranks, self.teams, self._given = ranks, teams, (shared_bytes, warps)
+        super().__init__(plan, harvester, dtype, torch.device("cpu"))
+
+    def _sizes(self) -> tuple[int, int]:
+        return self._given
+
+    def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
+        self._native.run_on_host({**launch, "teams": min(self.teams, request.slots)}, self.ranks, self.warps)
