@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.backends.base import Cancelled, Executor, Request
 from fastgen.backends.cpu import CpuExecutor
+from fastgen.backends.cuda import TEAMS, CudaExecutor, cuda_device
 from fastgen.backends.naive import NaiveExecutor
 from fastgen.backends.reference import ReferenceExecutor
 from fastgen.checks import known_values, temperature_of, whole_number
@@ -26,7 +28,7 @@ from fastgen.spec import Spec
 from fastgen.stream import stream
 from fastgen.verify import VerifyReport, diagnose, verify
 
-BACKENDS = ("auto", "cpu", "reference", "naive")
+BACKENDS = ("auto", "cpu", "cuda", "reference", "naive")
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
 
 
@@ -44,20 +46,27 @@ class Sampler:
         backend: str,
         dtype: torch.dtype,
         threads: int | None,
+        device: torch.device,
+        team: str,
     ) -> None:
         self.model, self.spec, self.example, self.dtype, self.backend = model, spec, cond, dtype, backend
-        self._threads = threads
+        self._threads, self._device, self._team = threads, device, team
         self.refresh()
 
     def refresh(self) -> None:
         """Plans again with the module's present weights."""
         check_finite(self.model)
-        self.plan: Plan = build_plan(self.model, self.spec, self.example)
+        # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
+        model = self._on_cpu = self.model if _device_of(self.model).type == "cpu" else copy.deepcopy(self.model).cpu()
+        self.plan: Plan = build_plan(model, self.spec, self.example)
         self.spec = replace(self.spec, head=self.plan.spec.head, vector=self.plan.spec.vector)
-        harvester = Harvester(self.model, self.plan.spec, self.plan.graph)
+        harvester = Harvester(model, self.plan.spec, self.plan.graph)
         self.executor: Executor
         if self.backend == "naive":
             self.executor = NaiveExecutor(self.model, self.spec)
+        elif self.backend == "cuda":
+            self.executor = CudaExecutor(self.plan, harvester, self.dtype, self._device, self._team)
+            self.plan.notes["cuda"] = self.executor.describe()
         elif self.backend == "reference":
             self.executor = ReferenceExecutor(self.plan, harvester, weight_dtype=self.dtype)
         else:
@@ -88,7 +97,7 @@ class Sampler:
         progress: bool = False,
         callback: Callable[[int, int], bool | None] | None = None,
     ) -> Tensor:
-        """Draws n samples: float32 or int64 [n, *shape], ready for log_prob and `given=`.
+        """Draws n samples: float32 or int64 [n, *shape] on the sampler's device, ready for log_prob and `given=`.
 
         seed: sample i of a seed depends on nothing else, neither on n nor on the batch. cond: forward's further inputs,
         batch n (or 1, shared); default: the example of compile. temperature: > 0, divides logits and multiplies scales.
@@ -99,7 +108,8 @@ class Sampler:
         request = self._request(n, seed, cond, temperature, given, mask, first, length)
         spec = self._spec_at(length)
         slots = self.executor.slots(request.length)
-        parts = [torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)]
+        nothing = torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
+        parts = [nothing.to(self.executor.device)]
         with _Bar(progress, spec.steps * n) as bar:
             for start in range(0, request.slots, slots):
                 part = _rows(request, start, min(request.slots, start + slots))
@@ -133,7 +143,7 @@ class Sampler:
     def log_prob(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
         """Log-likelihood of samples x [n, *shape] in nats: [n] (densities where values are continuous)."""
         spec, values = self._values(x)
-        return log_prob(self.model, spec, values, self._cond(cond, len(x)))
+        return log_prob(self.model, spec, values, self._cond(cond, len(x))).to(self.executor.device)
 
     def bits_per_dim(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
         """Negative log2-likelihood per value: [n]."""
@@ -150,7 +160,7 @@ class Sampler:
             length = min(self.spec.sites[0], VERIFY_SITES)
         request = self._request(n, seed, None, 1.0, None, None, 0, length)
         request.want_params = True
-        return verify(self.model, self._spec_at(length), self.executor, request, self.dtype)
+        return verify(self._on_cpu, self._spec_at(length), self.executor, request, self.dtype)
 
     # ---- checks on entry -----------------------------------------------------------------------------------------
     def _request(
@@ -210,6 +220,7 @@ class Sampler:
             if not isinstance(c, Tensor) or c.dtype != e.dtype or c.dim() != e.dim():
                 given = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
                 raise ShapeError(f"cond[{k}] is {given}; expected {e.dtype} [{n}, {', '.join(map(str, e.shape[1:]))}]")
+            c = c.cpu()
             fixed = list(range(1, e.dim() - 1 if self.spec.sequence else e.dim()))
             if e.dim() and (c.shape[0] not in (1, n) or any(c.shape[a] != e.shape[a] for a in fixed)):
                 raise ShapeError(
@@ -240,6 +251,7 @@ def compile(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     threads: int | None = None,
+    team: str = "auto",
     verify: bool = True,
 ) -> Sampler:
     """Derives an exact incremental sampler from model.forward(x, *cond) -> parameters of the next value at every site.
@@ -247,8 +259,11 @@ def compile(
     shape: one sample as forward takes it, without the batch: (C, H, W), (C, T), (T,); layout names the axes, by default
     from the rank. head: how parameters become a value (fastgen.heads). cond: example conditioning, batch 1. order:
     None for raster (channels in turn), or the step of every site. predicts: "same", or "next" when forward is fed the
-    sample delayed by one with `start` in front. dtype: of the weights, float32 or bfloat16. backend: auto, cpu,
-    reference (torch) or naive (the slow loop). A fastgen model knows shape, head and the rest itself.
+    sample delayed by one with `start` in front. device: where to sample; None: where the module is. dtype: of weights,
+    float32 or bfloat16; on a GPU, of weights and activations in products, float16 too. backend: auto (cpu or cuda, by
+    the device), reference (torch) or naive (the slow loop). threads: of the cpu executor. team: of the cuda executor,
+    what shares a sample's work: cluster16, cluster8, grid, cta, or auto, the first that the device can hold. A fastgen
+    model knows shape, head and the rest itself.
 
     Raises NotCausalError (the module reads the future; names layer and tap), UnsupportedError (names the operation),
     ShapeError, VerifyError (stepping does not reproduce forward), all before a sampler exists.
@@ -266,29 +281,50 @@ def compile(
         example: Any = getattr(model, "example_cond", tuple)
         cond = example()
     cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    if device is not None and torch.device(device).type != "cpu":
-        raise UnsupportedError(f"device={str(device)!r}: this build has executors for the CPU only")
+    at, backend = _placed(model, device, backend)
+    if team not in TEAMS:
+        raise ValueError(f"team={team!r}: expected one of {', '.join(TEAMS)}")
     if threads is not None:
         threads = whole_number(threads, "threads", "a number of threads", least=1, most=1024)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16")
+    dtypes = (torch.float32, torch.bfloat16) + ((torch.float16,) if backend == "cuda" else ())
+    if dtype not in dtypes:
+        raise ValueError(f"dtype={dtype}: expected {' or '.join(map(str, dtypes))}")
     for k, c in enumerate(cond):
         if isinstance(c, Tensor) and c.dim() and c.shape[0] != 1:
             raise ShapeError(f"cond[{k}] has shape {tuple(c.shape)}; expected an example of batch 1")
+    cond = tuple(c.cpu() if isinstance(c, Tensor) else c for c in cond)
     known: dict[str, Any] = {k: getattr(model, k, None) for k in ("layout", "predicts", "start")}
     layout, predicts = layout or known["layout"] or "", predicts or known["predicts"] or "same"
     spec = Spec(tuple(shape), head, layout, predicts, known["start"] if start is None else start, order)
-    sampler = Sampler(model, spec, cond, backend, dtype, threads)
+    sampler = Sampler(model, spec, cond, backend, dtype, threads, at, team)
     if verify and backend != "naive":
         report = sampler.verify()
         if report.ok and sampler._any_length:  # another length too, a crooked one
             report = sampler.verify(length=min(sampler.plan.spec.sites[0], 512) * 5 // 8 | 1)
         if not report.ok:
-            why = diagnose(model, sampler.spec, Request(2, 0, cond=cond))
+            why = diagnose(sampler._on_cpu, sampler.spec, Request(2, 0, cond=cond))
             raise VerifyError(f"stepping does not reproduce forward ({report}): {why}")
     return sampler
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _placed(model: nn.Module, device: str | torch.device | None, backend: str) -> tuple[torch.device, str]:
+    """Where to sample, and the executor that `auto` stands for there. Raises ValueError, UnsupportedError."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    at = torch.device(device) if device is not None else torch.device("cuda") if backend == "cuda" else None
+    if at is None:
+        at = _device_of(model) if backend == "auto" else torch.device("cpu")
+    if at.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device='{at}': there are executors for cpu and cuda")
+    if backend == "auto":
+        backend = at.type
+    if (at.type == "cuda") != (backend == "cuda"):
+        raise ValueError(f"backend={backend!r} does not run on device='{at}'; leave one of them out")
+    return (cuda_device(at)[0] if backend == "cuda" else at), backend
 
 
 _samplers: OrderedDict[tuple[Any, ...], Sampler] = OrderedDict()
@@ -312,12 +348,19 @@ def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **o
         "dtype",
         "backend",
         "threads",
+        "team",
         "verify",
     )
     chosen = {k: options.pop(k) for k in names if k in options}
     if cond is not None:
         cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
-    key = (id(model), *((k, _key(v)) for k, v in chosen.items()), cond is None, *map(_kind, cond or ()))
+    key = (
+        id(model),
+        _device_of(model),
+        *((k, _key(v)) for k, v in chosen.items()),
+        cond is None,
+        *map(_kind, cond or ()),
+    )
     found = _samplers.pop(key, None)  # a sampler holds its module and options, so their ids stay theirs
     if found is None:
         example = None if cond is None else tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)

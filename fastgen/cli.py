@@ -27,7 +27,7 @@ from fastgen.models import CLASSES, CONFIGS, ReferenceModel, WaveNet, build
 from fastgen.spec import Spec
 from fastgen.train.recipes import RECIPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RATE = 16000  # samples per second of audio of which nothing else is known
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -102,7 +102,7 @@ def _sampler(args: argparse.Namespace, model: ReferenceModel, length: int | None
     shape = model.sample_shape if length is None else (model.sample_shape[0], length)
     return fastgen.compile(
         model, shape, cond=_cond(model, length), backend=args.backend, dtype=DTYPES[args.dtype],
-        threads=args.threads, verify=verify,
+        device=args.device, threads=args.threads, verify=verify,
     )  # fmt: skip
 
 
@@ -180,7 +180,8 @@ def _draw(
     bar = not args.quiet and sys.stderr.isatty()
     options: dict[str, Any] = dict(seed=args.seed, temperature=args.temperature)
     if not args.batch_free:
-        return sampler.sample(args.n, cond=cond, given=given, mask=mask, first=args.first, progress=bar, **options)
+        found = sampler.sample(args.n, cond=cond, given=given, mask=mask, first=args.first, progress=bar, **options)
+        return found.cpu()
     from tqdm import tqdm
 
     def row(x: Tensor, i: int) -> Tensor:
@@ -191,7 +192,7 @@ def _draw(
         if given is not None and mask is not None:
             options.update(given=row(given, i), mask=row(mask, i))
         one = tuple(row(c, i) for c in cond)
-        parts.append(sampler.sample(1, cond=one, first=args.first + i, **options))
+        parts.append(sampler.sample(1, cond=one, first=args.first + i, **options).cpu())
     return torch.cat(parts)
 
 
@@ -304,7 +305,8 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     add("model", nargs="?", metavar="NAME_OR_DIR", help="a shipped model, a checkpoint directory, or a "
         "configuration (random weights); fastgen info lists them (default: the first shipped image model)")
     add("--backend", choices=BACKENDS, default="auto", help="what runs the plan (naive: forward every step)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32; float16 on a GPU)")
     add("--threads", type=_positive, help="threads to use (default: all CPUs this process may use)")
     add("--length", help="of audio, in samples or seconds: 16000, 2s (default: the model's)")
     add("--rate", type=_positive, help=f"of audio, in Hz (default: the model's, else {RATE})")

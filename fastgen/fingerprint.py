@@ -67,7 +67,7 @@ def _place(t: Tensor) -> tuple[int, int]:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return t.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _total(t: Tensor) -> int:
@@ -79,4 +79,4 @@ def _total(t: Tensor) -> int:
 
 def _checksum(t: Tensor) -> int:
     """CRC-32 of the bytes: a swap of two rows changes it too."""
-    return zlib.crc32(_bytes(t).numpy().data) if t.numel() else 0
+    return zlib.crc32(_bytes(t).cpu().numpy().data) if t.numel() else 0

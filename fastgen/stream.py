@@ -46,7 +46,7 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
                 raise item
             sites = int(torch.searchsorted(ends, item, right=True)) * unit
             if sites > done:
-                yield _chunk(spec, request.out, done, sites)
+                yield _chunk(spec, request.out, done, sites).to(executor.device)
                 done = sites
     finally:
         stop.set()

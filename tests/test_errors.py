@@ -73,7 +73,10 @@ WRONG_COMPILE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, backend="gpu"), ValueError, "'gpu'.*cpu.*naive"),
     "dtype": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, dtype=torch.float16), ValueError, "float16.*float32.*bfloat16"),
     "threads": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, threads=0), ValueError, "threads=0.*>= 1"),
-    "device": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, device="cuda"), UnsupportedError, "cuda.*CPU"),
+    "device": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, device="xpu"), UnsupportedError, "xpu.*cpu and cuda"),
+    "device and backend": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, device="cpu", backend="cuda"), ValueError, "backend='cuda' does not run on device='cpu'"),
+    "team": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, team="warp"), ValueError, "team='warp'.*cluster16"),
+    "float16 on a CPU": (lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, dtype=torch.float16), ValueError, "dtype=torch.float16"),
     "encoded channels": (
         lambda: fastgen.compile(Plain(), (4, 4, 4), Categorical(5, encode="onehot")), ShapeError, "4 channels.*5.*multiple",
     ),

@@ -49,6 +49,7 @@ class Executor(ABC):
     """Runs a plan (or, for the oracle, the module itself)."""
 
     name: str
+    device: torch.device = torch.device("cpu")  # where results are
 
     @abstractmethod
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:

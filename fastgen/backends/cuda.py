@@ -66,6 +66,15 @@ class CudaExecutor(TeamExecutor):
         rung: dict[str, Any] = self._native.choose_rung(self.limits, slots, self.team)
         return rung
 
+    def describe(self) -> str:
+        """One line for the plan: device, precision, teams, what was lowered."""
+        low = self.lowered(None)
+        many = self.rung(MOST_SLOTS)["text"]
+        return (
+            f"{self.properties['name']}, {self.precision} products; one sample: {self.rung(1)['text']}, many: {many}; "
+            f"{low.stages} stages, {low.column_stages} of them whole columns"
+        )
+
     def slots(self, length: int | None) -> int:
         """As many samples at once as the free memory holds. Raises FastgenError where it holds none."""
         each = 4 * self.lowered(length).arena

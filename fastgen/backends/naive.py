@@ -28,6 +28,7 @@ class NaiveExecutor(Executor):
     def _loop(self, spec: Spec, r: Request) -> tuple[Tensor, Tensor | None]:
         head = spec.head
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        cond = tuple(c.to(device) if isinstance(c, Tensor) else c for c in r.cond)
         out = (
             torch.zeros(r.slots, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
             if r.out is None
@@ -45,7 +46,7 @@ class NaiveExecutor(Executor):
             if r.progress is not None and r.progress(t) is False:
                 raise Cancelled
             f = int((table[:, site] == t).nonzero()[0])
-            theta = spec.parameters(first_tensor(self.model(spec.encode(out).to(device), *r.cond)))
+            theta = spec.parameters(first_tensor(self.model(spec.encode(out).to(device), *cond)))
             theta = theta.reshape(r.slots, -1, spec.phases, theta.shape[-1])[:, site, f].float().cpu()
             if params is not None:
                 params[:, t] = theta

@@ -37,6 +37,7 @@ class Plan:
     reach: int  # largest distance of a tap, in sites
     seconds: float
     receptive_field: tuple[int, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)  # what executors say of themselves
     _programs: dict[tuple[int | None, torch.dtype], Program] = field(default_factory=dict)
 
     def program(self, length: int | None = None, dtype: torch.dtype = torch.float32) -> Program:

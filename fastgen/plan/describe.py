@@ -92,6 +92,7 @@ def describe(plan: Plan) -> str:
         f"  memory          {_count(stats['weight_bytes'])}B of weights, {_count(stats['state_bytes_per_sample'])}B of "
         f"activations per sample in flight"
     )
+    lines += [f"  {name:<15} {text}" for name, text in plan.notes.items()]
     lines += [f"  note            {n}" for n in plan.graph.notes]
     lines += _listing(plan)
     return "\n".join(lines)
