@@ -38,11 +38,8 @@ py::tuple lower_tables(const py::dict& tables, const std::string& precision, int
     block = lower(held.program, options);
   }
   const Header& h = *reinterpret_cast<const Header*>(block.data());
-  int32_t columns = 0;
-  for (int32_t s = 0; s < h.nstages; ++s)
-    columns += reinterpret_cast<const Stage*>(block.data() + h.stages)[s].kind == kColumns;
   py::dict info;
-  info["arena"] = h.arena, info["stages"] = h.nstages, info["column_stages"] = columns;
+  info["arena"] = h.arena, info["stages"] = h.nstages, info["column_stages"] = h.ncolumn_stages;
   info["weight_bytes"] = h.bytes - h.weights;
   py::array_t<uint8_t> array(static_cast<py::ssize_t>(block.size()));
   std::memcpy(array.mutable_data(), block.data(), block.size());

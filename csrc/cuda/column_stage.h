@@ -13,7 +13,7 @@ class ColumnStage {
 
   FG_D void run() {
     const int columns = item_.count * x_.slots;
-    const int room = x_.h.shared_bytes / (s_.scratch * static_cast<int>(sizeof(float)));
+    const int room = x_.h.work_bytes / (s_.scratch * static_cast<int>(sizeof(float)));
     const int active = room < x_.team.warps() ? room : x_.team.warps();
     if (x_.team.warp() < active) {
       scratch_ = x_.template shared<float>(0) + x_.team.warp() * s_.scratch;
@@ -25,15 +25,15 @@ class ColumnStage {
  private:
   FG_D void program(int column) {
     for (int k = 0; k < s_.ncode; ++k) {
-      const Micro& m = x_.code[s_.code0 + k];
+      const Micro& m = behind<Micro>(s_, s_.code)[k];
       switch (m.fn) {
         case kLoad: {
-          const float* from = x_.place(s_, item_, m.a, column);
+          const float* from = x_.place(s_, item_, behind<Place>(s_, s_.places)[m.a], column);
           each(m.n, [&](int i) { scratch_[m.dst + i] = from == nullptr ? m.imm0 : read_state(from + i); });
           break;
         }
         case kStore: {
-          float* to = x_.place(s_, item_, m.b, column);
+          float* to = x_.place(s_, item_, behind<Place>(s_, s_.places)[m.b], column);
           const float* from = operand(m.a);
           if (to != nullptr) each(m.n, [&](int i) { to[m.c + i] = from[i]; });
           break;

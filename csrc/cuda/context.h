@@ -26,6 +26,21 @@ FG_D Quad read_quad(const float* p) {  // 16-byte aligned
 #endif
 }
 
+FG_D void copy_16(char* to, const char* from) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(at), "l"(from) : "memory");
+#else
+  std::memcpy(to, from, 16);
+#endif
+}
+
+FG_D void wait_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 struct Site {
   int32_t i, j;
 };
@@ -34,35 +49,24 @@ template <class Team>
 struct Context {
   Team& team;
   const Launch& a;
-  const Header& h;
-  const Buffer* buffers;
-  const Tap* entries;
-  const int32_t* offsets;
-  const Instr* instrs;
-  const Micro* code;
-  const Stage* stages;
+  const Header& h;  // in shared memory
   const float* consts;
   const char* weights;
   int32_t slot0, slots;  // this team's
   int64_t period = 0;
 
-  FG_D Context(Team& t, const Launch& launch) : team(t), a(launch), h(*reinterpret_cast<const Header*>(launch.block)) {
-    buffers = table<Buffer>(h.buffers), entries = table<Tap>(h.entries), offsets = table<int32_t>(h.offsets);
-    instrs = table<Instr>(h.instrs), code = table<Micro>(h.code), stages = table<Stage>(h.stages);
-    consts = table<float>(h.consts), weights = table<char>(h.weights);
+  FG_D Context(Team& t, const Launch& launch) : team(t), a(launch), h(*reinterpret_cast<const Header*>(t.shared())) {
+    const Header& there = *reinterpret_cast<const Header*>(a.block);
+    consts = reinterpret_cast<const float*>(a.block + there.consts), weights = a.block + there.weights;
     const int64_t n = a.slots;
     slot0 = static_cast<int32_t>(n * t.index() / a.teams);
     slots = static_cast<int32_t>(n * (t.index() + 1) / a.teams) - slot0;
   }
 
-  template <class T>
-  FG_D const T* table(int64_t offset) const {
-    return reinterpret_cast<const T*>(a.block + offset);
-  }
-
+  // Shared memory that stages use.
   template <class T>
   FG_D T* shared(int32_t offset) const {
-    return reinterpret_cast<T*>(team.shared() + offset);
+    return reinterpret_cast<T*>(team.shared() + kFixedBytes + offset);
   }
 
   // f(i) for i in [0, n), shared by the threads of this CTA; neighbouring threads have neighbouring i.
@@ -73,6 +77,11 @@ struct Context {
       for_lanes([&](int lane) {
         if (base + lane < n) f(base + lane);
       });
+  }
+
+  // Copies to shared memory, there after the next wait_copies() and sync_cta(). Both aligned to 16 bytes.
+  FG_D void copy(char* to, const char* from, int bytes) const {
+    for_each(bytes / 16, [&](int i) { copy_16(to + 16 * i, from + 16 * i); });
   }
 
   // Iteration site of a column's item; false: outside the grid.
@@ -94,32 +103,34 @@ struct Context {
     return static_cast<int32_t>(x < size ? x : static_cast<int32_t>(x) % size);
   }
 
-  // Where a tap of iteration site (i, j) is for a slot (of the whole call), or null when that is out of bounds.
-  FG_D float* source(const Tap& t, Site q, int32_t slot) const {
-    const int64_t row = floor_div(static_cast<int64_t>(q.i) * t.mul_i + t.off_i, t.div_i);
-    const int64_t col = floor_div(static_cast<int64_t>(q.j) * t.mul_j + t.off_j, t.div_j);
-    if (row < t.lo_i || row >= t.hi_i || col < t.lo_j || col >= t.hi_j) return nullptr;
-    const Buffer& b = buffers[t.buf];
-    if (b.kind == kCond || b.kind == kConst) {
-      const int64_t at = (row * b.cols + col) * b.channels + t.chan;
-      if (b.kind == kConst) return const_cast<float*>(consts + b.offset) + at;
-      return const_cast<float*>(a.cond[b.offset]) + slot * (static_cast<int64_t>(b.rows) * b.cols * b.channels) + at;
-    }
-    const int64_t at = static_cast<int64_t>(ring(row, b.ring_rows)) * b.ring_cols + ring(col, b.ring_cols);
-    return a.arena + slot * a.arena_stride + b.offset + at * b.channels + t.chan;
+  // Where a place of iteration site (i, j) is for a slot (of the whole call), or null when that is out of bounds.
+  FG_D float* source(const Place& p, Site q, int32_t slot) const {
+    const int64_t row = floor_div(static_cast<int64_t>(q.i) * p.mul_i + p.off_i, p.div_i);
+    const int64_t col = floor_div(static_cast<int64_t>(q.j) * p.mul_j + p.off_j, p.div_j);
+    if (row < p.lo_i || row >= p.hi_i || col < p.lo_j || col >= p.hi_j) return nullptr;
+    const int64_t site = static_cast<int64_t>(ring(row, p.ring_rows)) * p.ring_cols + ring(col, p.ring_cols);
+    const int64_t at = p.offset + site * p.channels + p.chan;
+    if (p.kind == kConst) return const_cast<float*>(consts) + at;
+    if (p.kind != kCond) return a.arena + slot * a.arena_stride + at;
+    return const_cast<float*>(a.cond[p.cond]) + slot * (static_cast<int64_t>(p.ring_rows) * p.ring_cols * p.channels) +
+           at;
   }
 
-  // Where column `column` of an item has its place `entry`.
-  FG_D float* place(const Stage& s, const StageItem& item, int32_t entry, int32_t column) const {
-    const Tap& t = entries[s.entry0 + entry];
+  // Where column `column` of an item has a place.
+  FG_D float* place(const Stage& s, const StageItem& item, const Place& p, int32_t column) const {
     const int32_t m = column / slots, slot = slot0 + column - m * slots;
     Site q;
     if (!site_of(s, item, m, &q)) return nullptr;
-    const Buffer& b = buffers[t.buf];
-    if (b.kind == kTemp)
-      return a.arena + slot * a.arena_stride + b.offset + static_cast<int64_t>(m) * b.channels + t.chan;
-    return source(t, q, slot);
+    if (p.kind == kTemp)
+      return a.arena + slot * a.arena_stride + p.offset + static_cast<int64_t>(m) * p.channels + p.chan;
+    return source(p, q, slot);
   }
 };
+
+// What follows a stage in its descriptor.
+template <class T>
+FG_D const T* behind(const Stage& s, int32_t offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(&s) + offset);
+}
 
 }  // namespace fastgen::team

@@ -8,10 +8,10 @@ namespace fastgen::team {
 template <class Team>
 class DrawStage {
  public:
-  FG_D explicit DrawStage(const Context<Team>& context) : x_(context), h_(context.h.head) {}
+  FG_D DrawStage(const Context<Team>& context, const Stage& stage) : x_(context), s_(stage), h_(context.h.head) {}
 
   FG_D void run(int64_t step, int32_t site) {
-    const int room = x_.h.shared_bytes / (x_.h.draw_floats * static_cast<int>(sizeof(float)));
+    const int room = x_.h.work_bytes / (x_.h.draw_floats * static_cast<int>(sizeof(float)));
     const int active = room < x_.team.warps() ? room : x_.team.warps();
     if (x_.team.warp() < active) {
       params_ = x_.template shared<float>(0) + x_.team.warp() * x_.h.draw_floats;
@@ -27,7 +27,7 @@ class DrawStage {
  private:
   FG_D void draw(int64_t step, int32_t site, int32_t slot) {
     const int32_t phase = static_cast<int32_t>(step % h_.phases);
-    gather(step, phase, site, slot);
+    gather(step, site, slot);
     const uint64_t sample = x_.a.first + static_cast<uint64_t>(slot);
     for_lanes([&](int lane) {
       if (lane == 0) uniform_block(x_.a.seed, sample, static_cast<uint32_t>(step), 0, uniforms_);
@@ -59,21 +59,21 @@ class DrawStage {
     }
   }
 
-  FG_D void gather(int64_t step, int32_t phase, int32_t site, int32_t slot) const {
-    const Tap* taps = x_.template table<Tap>(x_.h.head_taps);
+  FG_D void gather(int64_t step, int32_t site, int32_t slot) const {
+    const Place* places = behind<Place>(s_, s_.places);
     const Site q = {site / x_.h.cols, site % x_.h.cols};
     float* keep = x_.a.params == nullptr ? nullptr : x_.a.params + (slot * x_.h.steps + step) * h_.params;
     int32_t filled = 0;
-    for (int32_t t = h_.tap_ptr[phase]; t < h_.tap_ptr[phase + 1]; ++t) {
-      const float* from = x_.source(taps[t], q, slot);
+    for (int32_t t = 0; t < s_.nplaces; ++t) {
+      const float* from = x_.source(places[t], q, slot);
       for_lanes([&](int lane) {
-        for (int32_t i = lane; i < taps[t].nchan; i += kLanes) {
+        for (int32_t i = lane; i < places[t].nchan; i += kLanes) {
           const float value = from == nullptr ? 0.0f : read_state(from + i);
           params_[filled + i] = value;
           if (keep != nullptr) keep[filled + i] = value;
         }
       });
-      filled += taps[t].nchan;
+      filled += places[t].nchan;
     }
     x_.team.sync_warp();
   }
@@ -115,10 +115,10 @@ class DrawStage {
   FG_D void feed(int32_t site, int32_t slot, int32_t channel, float value) const {
     const int64_t target = static_cast<int64_t>(site) + h_.delay;
     if (target >= static_cast<int64_t>(x_.h.rows) * x_.h.cols) return;
-    const Buffer& b = x_.buffers[h_.input];
-    const int32_t i = static_cast<int32_t>(target / x_.h.cols), j = static_cast<int32_t>(target % x_.h.cols);
-    const int64_t place = static_cast<int64_t>(x_.ring(i, b.ring_rows)) * b.ring_cols + x_.ring(j, b.ring_cols);
-    float* to = x_.a.arena + slot * x_.a.arena_stride + b.offset + place * b.channels + channel * h_.enc;
+    const Site q = {static_cast<int32_t>(target / x_.h.cols), static_cast<int32_t>(target % x_.h.cols)};
+    float* to = x_.source(x_.h.input, q, slot);
+    if (to == nullptr) return;
+    to += channel * h_.enc;
     const float last = static_cast<float>(h_.kind == kBernoulli ? 1 : h_.n - 1);
     const float row = value > 0 ? (value < last ? value : last) : 0;  // NaN: row 0
     const float* from = h_.table < 0 ? nullptr : x_.consts + h_.table + static_cast<int64_t>(row) * h_.enc;
@@ -128,6 +128,7 @@ class DrawStage {
   }
 
   const Context<Team>& x_;
+  const Stage& s_;
   const Head& h_;
   float* params_ = nullptr;    // of the step
   double* sums_ = nullptr;     // [32]

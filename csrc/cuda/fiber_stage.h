@@ -21,6 +21,8 @@ class FiberStage {
       : x_(context),
         s_(stage),
         item_(item),
+        places_(behind<Place>(stage, stage.places)),
+        code_(behind<Instr>(stage, stage.code)),
         points_(x_.template shared<float*>(0)),
         b_(x_.template shared<Element>(s_.at_b)),
         registers_(x_.template shared<float>(s_.at_s)),
@@ -50,12 +52,16 @@ class FiberStage {
 
  private:
   FG_D int local() const { return s_.rows * s_.width; }
+  FG_D bool whole_k() const { return s_.nchunks <= s_.kblock; }
+  FG_D float bias_of(int slice, int fiber, int j) const {
+    return x_.consts[s_.bias + (slice0_ + slice) * local() + j * s_.width + fiber];
+  }
   FG_D float* registers(int slice, int column) const { return registers_ + (slice * s_.cols + column) * s_.lds; }
 
   FG_D void point() {
-    x_.for_each(s_.nentries * n_, [&](int i) {
-      const int entry = i / n_, column = i - entry * n_;
-      points_[entry * s_.cols + column] = x_.place(s_, item_, entry, column0_ + column);
+    x_.for_each(s_.nplaces * n_, [&](int i) {
+      const int place = i / n_, column = i - place * n_;
+      points_[place * s_.cols + column] = x_.place(s_, item_, places_[place], column0_ + column);
     });
   }
 
@@ -91,13 +97,8 @@ class FiberStage {
     int to = from + chunks * s_.chunk * kTileDepth;
     if (to > s_.ksteps * kTileDepth) to = s_.ksteps * kTileDepth;
     const int end = to < s_.k ? to : s_.k;
-    int widest = 0;
-    for (int t = 0; t < s_.ntaps; ++t) {
-      const int nchan = x_.entries[s_.entry0 + t].nchan;
-      widest = nchan > widest ? nchan : widest;
-    }
     constexpr int kPiece = 4 * kLanes, kFlight = 4;  // channels of a warp's load; loads in flight
-    const int pieces = (widest + kPiece - 1) / kPiece, units = s_.ntaps * n_ * pieces;
+    const int pieces = (s_.widest + kPiece - 1) / kPiece, units = s_.ntaps * n_ * pieces;
     for (int base = x_.team.warp() * kFlight; base < units; base += x_.team.warps() * kFlight)
       for_lanes([&](int lane) {
         Quad value[kFlight];
@@ -120,7 +121,7 @@ class FiberStage {
     if (u >= units) return false;
     const int piece = u % pieces, tap = u / pieces / n_;
     out->column = u / pieces - tap * n_;
-    const int offset = x_.offsets[s_.entry0 + tap], nchan = x_.entries[s_.entry0 + tap].nchan;
+    const int offset = places_[tap].k, nchan = places_[tap].nchan;
     const int channel = (piece * kLanes + lane) * 4;
     out->k = offset + channel;
     out->lo = out->k < from ? from : out->k;
@@ -147,16 +148,18 @@ class FiberStage {
     FG_UNROLL_ALL for (int e = 0; e < 4; ++e) if (w.k + e >= w.lo && w.k + e < w.hi) to[e] = to_operand<P>(q.v[e]);
   }
 
-  // The loads of the programs.
+  // The loads of the programs, and the bias: all that is read from far away is on its way at once.
   FG_D void load() {
-    if (s_.nloads == 0) return;
+    const bool bias = s_.bias >= 0 && whole_k();
+    if (s_.nloads == 0 && !bias) return;
     const int width = s_.width;
     x_.for_each(group_ * n_ * width, [&](int i) {
       const int fiber = i % width, column = i / width % n_, slice = i / width / n_;
       const int f = (slice0_ + slice) * width + fiber;
       float* mine = registers(slice, column) + fiber;
+      for (int j = 0; bias && j < s_.rows; ++j) mine[j * width] = bias_of(slice, fiber, j);
       for (int k = 0; k < s_.nloads; ++k) {
-        const Instr& in = x_.instrs[s_.instr0 + k];
+        const Instr& in = code_[k];
         if (f < in.lo || f >= in.hi) continue;
         const float* from = points_[in.a * s_.cols + column];
         mine[in.dst * width] = from == nullptr ? in.imm0 : read_state(from + in.c + (f - in.lo) * in.step);
@@ -180,7 +183,7 @@ class FiberStage {
   template <int NT>
   FG_D void multiply_by(int chunk, int chunks) {
     const int tiles = local() / kTileRows, across = covered() / (NT * kTileCols), tasks = group_ * tiles * across;
-    const int room = (x_.h.shared_bytes - s_.at_p) / static_cast<int>(sizeof(float));
+    const int room = (x_.h.work_bytes - s_.at_p) / static_cast<int>(sizeof(float));
     const bool split = chunks > 1 && tasks < x_.team.warps() && chunks * s_.ldp * covered() <= room;
     split_ = split ? chunks : 0;
     const int count = split ? tasks * chunks : tasks;
@@ -207,7 +210,11 @@ class FiberStage {
         sum_chunk<NT>(next, weights, column0, chunk, c);
         total.add(next);
       }
-      total.each([&](int row, int column, float& sum) { registers(slice, column0 + column)[row0 + row] = sum; });
+      const bool add = s_.bias >= 0 && whole_k();
+      total.each([&](int row, int column, float& sum) {
+        float* to = registers(slice, column0 + column) + row0 + row;
+        *to = add ? *to + sum : sum;
+      });
     }
   }
 
@@ -225,21 +232,21 @@ class FiberStage {
                            s_.ldb);
   }
 
-  // The chunks' sums of one fiber and column, added to its registers in order.
-  FG_D void add_chunks(float* mine, int fiber, int slice, int column, bool first) const {
+  // The chunks' sums of one fiber and row, in order, after `before`.
+  FG_D float add_chunks(int fiber, int slice, int column, int j, bool first, float before) const {
     const int stride = covered() * s_.ldp;
-    for (int j = 0; j < s_.rows; ++j) {
-      const float* p = partial_ + column * s_.ldp + slice * local() + j * s_.width + fiber;
-      float sum = first ? p[0] : mine[j * s_.width] + p[0];
-      for (int c = 1; c < split_; ++c) sum += p[c * stride];
-      mine[j * s_.width] = sum;
-    }
+    const float* p = partial_ + column * s_.ldp + slice * local() + j * s_.width + fiber;
+    float sum = first ? p[0] : before + p[0];
+    for (int c = 1; c < split_; ++c) sum += p[c * stride];
+    return sum;
   }
 
   FG_D void fold(bool first) {
     x_.for_each(group_ * n_ * s_.width, [&](int i) {
       const int fiber = i % s_.width, column = i / s_.width % n_, slice = i / s_.width / n_;
-      add_chunks(registers(slice, column) + fiber, fiber, slice, column, first);
+      float* mine = registers(slice, column) + fiber;
+      for (int j = 0; j < s_.rows; ++j)
+        mine[j * s_.width] = add_chunks(fiber, slice, column, j, first, mine[j * s_.width]);
     });
   }
 
@@ -250,15 +257,24 @@ class FiberStage {
     x_.for_each(group_ * n_ * width, [&](int i) {
       const int fiber = i % width, column = i / width % n_, slice = i / width / n_;
       float* mine = registers(slice, column) + fiber;
-      if (split_ > 0) add_chunks(mine, fiber, slice, column, s_.nchunks <= s_.kblock);
-      const float* bias = s_.bias < 0 ? nullptr : x_.consts + s_.bias + (slice0_ + slice) * local() + fiber;
-      for (int j = 0; j < s_.rows; ++j) {
-        const float sum = s_.nchunks > 0 ? mine[j * width] : 0.0f;
-        mine[j * width] = bias == nullptr ? sum : sum + bias[j * width];
-      }
+      for (int j = 0; j < s_.rows; ++j) mine[j * width] = finished(mine[j * width], fiber, slice, column, j);
       const int f = (slice0_ + slice) * width + fiber;
-      for (int k = s_.nloads; k < s_.ninstr; ++k) execute(x_.instrs[s_.instr0 + k], f, mine, column);
+      for (int k = s_.nloads; k < s_.ncode; ++k) execute(code_[k], f, mine, column);
     });
+  }
+
+  // Bias plus the sum of all chunks. In the register so far: the bias (whole_k), its sum with that of the chunks
+  // (whole_k, not split), or the sum of chunks so far.
+  FG_D float finished(float so_far, int fiber, int slice, int column, int j) const {
+    const bool bias = s_.bias >= 0;
+    if (s_.nchunks == 0) return bias ? so_far : 0.0f;
+    if (whole_k()) {
+      if (split_ == 0) return so_far;
+      const float sum = add_chunks(fiber, slice, column, j, true, 0.0f);
+      return bias ? so_far + sum : sum;
+    }
+    const float sum = split_ > 0 ? add_chunks(fiber, slice, column, j, false, so_far) : so_far;
+    return bias ? bias_of(slice, fiber, j) + sum : sum;
   }
 
   FG_D void execute(const Instr& in, int f, float* mine, int column) const {
@@ -285,7 +301,9 @@ class FiberStage {
   const Context<Team>& x_;
   const Stage& s_;
   const StageItem& item_;
-  float** points_;    // [entry][column]
+  const Place* places_;
+  const Instr* code_;
+  float** points_;    // [place][column]
   Element* b_;        // [column][K of the block]
   float* registers_;  // [slice of the group][column][register][fiber]
   float* partial_;    // [chunk][column][row of the group]

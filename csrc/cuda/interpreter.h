@@ -9,8 +9,8 @@
 //   at(step, op)       where the next barrier is, to say so if it fails
 //   peek(), post()     words that others write, or that others read, meanwhile; post_to_host() for the host
 //
-// All CTAs walk the same schedule. A CTA may run ahead of the others up to the next barrier, and the tables say where
-// those must be (StageItem::sync). What the bytes of a sample depend on is the program and the precision, not the
+// All CTAs walk the same schedule. A CTA may run ahead of the others up to the next barrier, and the items say where
+// those must be. What the bytes of a sample depend on is the program and the precision, not the
 // team: every sum has one order.
 #pragma once
 #include "column_stage.h"
@@ -19,68 +19,110 @@
 
 namespace fastgen::team {
 
+//
+// What stages are made of is brought to shared memory while the stage before is at work (a barrier empties the
+// first-level cache, so that every table read from afar would cost a trip to the second level).
 template <Precision P, class Team>
 class Interpreter {
  public:
   FG_D Interpreter(Team& team, const Launch& launch) : team_(team), a_(launch), x_(team, launch) {}
 
   FG_D void run() {
-    if (x_.slots == 0) return report(x_.h.steps);
-    begin();
-    if (!meet(0, -1)) return;
-    const Header& h = x_.h;
-    const int32_t* row_ptr = x_.template table<int32_t>(h.row_ptr);
-    const int32_t* step_ptr = x_.template table<int32_t>(h.step_ptr);
-    const int32_t* step_site = x_.template table<int32_t>(h.step_site);
-    const bool whole = h.period >= h.steps;  // a repeating schedule is that of a sequence
-    int32_t phase = 0;                       // step % period
-    for (int64_t step = 0; step < h.steps; ++step) {
-      if (phase % h.row_len == 0) {
-        const int32_t row = phase / h.row_len;
-        if (!run_items(step, h.row_items, row_ptr[row], row_ptr[row + 1])) return;
-      }
-      if (!run_items(step, h.step_items, step_ptr[phase], step_ptr[phase + 1])) return;
-      DrawStage<Team>(x_).run(step, whole ? step_site[phase] : static_cast<int32_t>(step / h.head.phases));
-      if (first_thread() && team_.peek(a_.cancel) != 0) team_.post(a_.stop + team_.index(), 1);
-      if (!meet(step, -1)) return;
-      if ((step + 1) % h.row_len == 0 || step + 1 == h.steps) report(step + 1);
-      if (team_.peek(a_.stop + team_.index()) != 0) return;
-      if (++phase == h.period) phase = 0, ++x_.period;
+    if (!begin()) return;
+    int64_t step = 0;
+    int32_t at = 0;                            // of the items of a period
+    int32_t next = kItemsAhead % x_.h.nitems;  // the first that is not in shared memory
+    for (uint32_t count = 0; step < x_.h.steps; ++count) {
+      const StageItem item = *ring(count);
+      wait_copies();
+      if (!(item.sync ? meet(step, item.op) : sync_cta())) return;
+      if (item.first && step > 0 && !between(step)) return;
+      fetch(count, next);
+      execute(item, count, step);
+      if (item.op < 0) ++step;
+      if (++at == x_.h.nitems) at = 0, ++x_.period;
+      next = next + 1 == x_.h.nitems ? 0 : next + 1;
     }
+    wait_copies();
+    if (meet(step, -1)) between(step);
   }
 
  private:
   FG_D bool first_thread() const { return team_.rank() == 0 && team_.warp() == 0 && team_.lane() == 0; }
-
-  // The input before the first step: zeros, and `start` at the first site.
-  FG_D void begin() {
-    const Head& h = x_.h.head;
-    const Buffer& b = x_.buffers[h.input];
-    const int64_t size = static_cast<int64_t>(b.ring_rows) * b.ring_cols * b.channels;
-    const int width = h.start < 0 ? 0 : h.channels * h.enc;
-    for (int s = team_.rank(); s < x_.slots; s += team_.size()) {
-      float* input = a_.arena + (x_.slot0 + s) * a_.arena_stride + b.offset;
-      x_.for_each(static_cast<int>(size), [&](int i) { input[i] = i < width ? x_.consts[h.start + i] : 0.0f; });
-    }
+  FG_D StageItem* ring(uint32_t count) const {
+    return reinterpret_cast<StageItem*>(team_.shared() + kItemsAt) + count % kItemRing;
   }
+  FG_D char* descriptor(uint32_t count) const { return team_.shared() + kDescriptorsAt + count % 2 * kDescriptorBytes; }
 
   FG_D bool meet(int64_t step, int32_t op) {
     team_.at(step, op);
     return team_.sync();
   }
+  FG_D bool sync_cta() {
+    team_.sync_cta();
+    return true;
+  }
 
-  FG_D bool run_items(int64_t step, int64_t table, int32_t begin, int32_t end) {
-    const StageItem* items = x_.template table<StageItem>(table);
-    for (int32_t i = begin; i < end; ++i) {
-      const StageItem& item = items[i];
-      const Stage& stage = x_.stages[item.stage];
-      if (item.sync && !meet(step, stage.op)) return false;
-      if (stage.kind == kFibers)
-        FiberStage<P, Team>(x_, stage, item).run();
-      else
-        ColumnStage<Team>(x_, stage, item).run();
+  // Header, first items and first descriptor to shared memory; the input before the first step: zeros, and `start` at
+  // the first site.
+  FG_D bool begin() {
+    x_.copy(team_.shared(), a_.block, kHeaderBytes);
+    wait_copies();
+    team_.sync_cta();
+    if (x_.slots == 0) {
+      report(x_.h.steps);
+      return false;
     }
-    return begin == end || meet(step, -1);
+    const char* items = a_.block + x_.h.items;
+    for (int i = 0; i < kItemsAhead; ++i)
+      x_.copy(reinterpret_cast<char*>(ring(i)), items + i % x_.h.nitems * sizeof(StageItem), sizeof(StageItem));
+    wait_copies();
+    team_.sync_cta();
+    fetch_descriptor(0);
+    const Head& h = x_.h.head;
+    const Place& input = x_.h.input;
+    const int size = input.ring_rows * input.ring_cols * input.channels, width = h.start < 0 ? 0 : h.channels * h.enc;
+    for (int s = team_.rank(); s < x_.slots; s += team_.size()) {
+      float* to = a_.arena + (x_.slot0 + s) * a_.arena_stride + input.offset;
+      x_.for_each(size, [&](int i) { to[i] = i < width ? x_.consts[h.start + i] : 0.0f; });
+    }
+    return true;  // the first item begins with a barrier
+  }
+
+  // On their way after this: the item after the next, and the descriptor of the next.
+  FG_D void fetch(uint32_t count, int32_t next) {
+    const char* items = a_.block + x_.h.items;
+    x_.copy(reinterpret_cast<char*>(ring(count + kItemsAhead)), items + next * sizeof(StageItem), sizeof(StageItem));
+    fetch_descriptor(count + 1);
+  }
+
+  FG_D void fetch_descriptor(uint32_t count) {
+    const StageItem& item = *ring(count);
+    if (item.bytes <= kDescriptorBytes) x_.copy(descriptor(count), stored(item), item.bytes);
+  }
+
+  FG_D const char* stored(const StageItem& item) const {
+    return a_.block + x_.h.descriptors + static_cast<int64_t>(item.descriptor) * 16;
+  }
+
+  FG_D void execute(const StageItem& item, uint32_t count, int64_t step) {
+    const char* at = item.bytes <= kDescriptorBytes ? descriptor(count) : stored(item);
+    const Stage& stage = *reinterpret_cast<const Stage*>(at);
+    if (stage.kind == kFibers) {
+      FiberStage<P, Team>(x_, stage, item).run();
+    } else if (stage.kind == kColumns) {
+      ColumnStage<Team>(x_, stage, item).run();
+    } else {
+      const bool whole = x_.h.period >= x_.h.steps;  // a repeating schedule is that of a sequence
+      DrawStage<Team>(x_, stage).run(step, whole ? item.q0 : static_cast<int32_t>(step / x_.h.head.phases));
+      if (first_thread() && team_.peek(a_.cancel) != 0) team_.post(a_.stop + team_.index(), 1);
+    }
+  }
+
+  // After the barrier behind a step's draw: progress; false: cancelled.
+  FG_D bool between(int64_t steps) {
+    if (steps % x_.h.row_len == 0 || steps == x_.h.steps) report(steps);
+    return team_.peek(a_.stop + team_.index()) == 0;
   }
 
   FG_D void report(int64_t steps) {

@@ -27,16 +27,19 @@ class Lowering {
   std::vector<char> run() {
     validate(p_);
     if (o_.warps < 1 || o_.warps > kMaxTasks) throw std::invalid_argument("warps is out of range");
+    if (o_.shared_bytes < kFixedBytes + 2048)
+      throw std::invalid_argument("a CTA needs more than " + std::to_string(o_.shared_bytes) +
+                                  " bytes of shared memory");
+    work_bytes_ = o_.shared_bytes - kFixedBytes;
     buffers_.assign(p_.buffers, p_.buffers + p_.nbuffers);
     consts_.assign(p_.consts, p_.consts + p_.nconsts);
     arena_ = round_up(p_.arena, 16);
     most_sites_.assign(p_.nops, 1);
     for_items([&](const Item& i) { most_sites_[i.op] = std::max(most_sites_[i.op], i.count); });
     for (int32_t op = 0; op < p_.nops; ++op) lower_op(op);
-    const int32_t rows = p_.period / p_.row_len;
-    for (int32_t r = 0; r < rows; ++r) add_list(p_.row_items, p_.row_ptr[r], p_.row_ptr[r + 1], &row_items_, &row_ptr_);
-    for (int32_t t = 0; t < p_.period; ++t)
-      add_list(p_.step_items, p_.step_ptr[t], p_.step_ptr[t + 1], &step_items_, &step_ptr_);
+    first_stage_.push_back(static_cast<int32_t>(stages_.size()));
+    for (int32_t phase = 0; phase < p_.head.phases; ++phase) add_draw(phase);
+    make_schedule();
     return assemble();
   }
 
@@ -51,13 +54,13 @@ class Lowering {
   // ------------------------------------------------------------------------------------------------- The place where
   // an op's own sites lie in a buffer, from channel 0 on.
   Tap own_site(const Op& op, int32_t buffer) const {
-    const Buffer& b = buffers_[buffer];
+    const Buffer& b = p_.buffers[buffer];
     return {buffer, 0, b.channels, op.up_i, op.up_j, 1, 1, op.par_i, op.par_j, 0, b.rows, 0, b.cols};
   }
 
   Tap temporary(int32_t buffer) const { return {buffer, 0, buffers_[buffer].channels, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1}; }
 
-  // The vector program with its places as entries, and what the sums start from as loads and additions before it.
+  // The vector program with its places numbered, and what the sums start from as loads and additions before it.
   Code number_places(const Op& op, std::vector<Tap>* entries) const {
     Code code;
     code.acc = op.acc, code.scratch = static_cast<int32_t>(round_up(op.scratch, kPanel));
@@ -133,26 +136,68 @@ class Lowering {
     return static_cast<int32_t>(buffers_.size()) - 1;
   }
 
-  Stage start_stage(StageKind kind, int32_t index, const std::vector<Tap>& entries, int32_t ntaps) {
-    const Op& op = p_.ops[index];
-    Stage s = {};
-    s.kind = kind, s.op = index;
-    s.q_rows = op.q_rows, s.q_cols = op.q_cols, s.advance = op.advance;
-    s.entry0 = static_cast<int32_t>(entries_.size()), s.ntaps = ntaps,
-    s.nentries = static_cast<int32_t>(entries.size());
-    s.bias = -1;
-    int32_t k = 0;
-    for (size_t e = 0; e < entries.size(); ++e) {
-      entries_.push_back(entries[e]);
-      offsets_.push_back(k);
-      if (static_cast<int32_t>(e) < ntaps) k += entries[e].nchan;
-    }
-    return s;
+  // A stage under way: its record, and what its descriptor will hold behind it.
+  struct Draft {
+    Stage stage = {};
+    std::vector<Place> places;
+    std::vector<Instr> instrs;
+    std::vector<Micro> micros;
+    std::set<int32_t> reads, writes;  // buffers
+    int32_t descriptor = 0, bytes = 0;
+  };
+
+  Place place_of(const Tap& t, int32_t k) const {
+    const Buffer& b = buffers_[t.buf];
+    const bool whole = b.kind == kCond || b.kind == kConst;
+    Place p = {};
+    p.offset = b.kind == kCond ? 0 : b.offset;
+    p.cond = b.kind == kCond ? static_cast<int32_t>(b.offset) : 0;
+    p.kind = b.kind, p.chan = t.chan, p.nchan = t.nchan, p.channels = b.channels;
+    p.ring_rows = whole ? b.rows : b.ring_rows, p.ring_cols = whole ? b.cols : b.ring_cols;
+    p.mul_i = t.mul_i, p.mul_j = t.mul_j, p.div_i = t.div_i, p.div_j = t.div_j, p.off_i = t.off_i, p.off_j = t.off_j;
+    p.lo_i = t.lo_i, p.hi_i = t.hi_i, p.lo_j = t.lo_j, p.hi_j = t.hi_j, p.k = k;
+    return p;
   }
 
-  void add_fibers(int32_t index, const std::vector<Tap>& entries, const Fibers& f) {
+  Draft start_stage(StageKind kind, int32_t index, const std::vector<Tap>& taps, int32_t ntaps) const {
+    Draft d;
+    Stage& s = d.stage;
+    s.kind = kind, s.op = index;
+    if (index >= 0) s.q_rows = p_.ops[index].q_rows, s.q_cols = p_.ops[index].q_cols, s.advance = p_.ops[index].advance;
+    if (static_cast<int64_t>(s.q_rows) * s.q_cols > INT32_MAX)
+      throw std::invalid_argument("op " + std::to_string(index) + ": its grid has 2^31 sites or more");
+    s.ntaps = ntaps, s.nplaces = static_cast<int32_t>(taps.size());
+    s.bias = -1;
+    int32_t k = 0;
+    for (size_t e = 0; e < taps.size(); ++e) {
+      d.places.push_back(place_of(taps[e], k));
+      if (static_cast<int32_t>(e) >= ntaps) continue;
+      k += taps[e].nchan, s.widest = std::max(s.widest, taps[e].nchan);
+    }
+    return d;
+  }
+
+  // Puts the descriptor together. stores: places that the stage writes.
+  void add_stage(Draft d, const std::vector<Tap>& taps, const std::set<int32_t>& stores) {
+    for (int32_t e = 0; e < d.stage.nplaces; ++e) (stores.count(e) ? d.writes : d.reads).insert(taps[e].buf);
+    const auto bytes_of = [](const auto& v) { return static_cast<int64_t>(v.size() * sizeof v[0]); };
+    const int64_t places = round_up(sizeof(Stage), 16), code = round_up(places + bytes_of(d.places), 16);
+    d.stage.places = static_cast<int32_t>(places), d.stage.code = static_cast<int32_t>(code);
+    d.bytes = static_cast<int32_t>(round_up(code + bytes_of(d.instrs) + bytes_of(d.micros), 16));
+    d.descriptor = static_cast<int32_t>(descriptors_.size() / 16);
+    char* to =
+        (descriptors_.resize(descriptors_.size() + d.bytes), descriptors_.data() + descriptors_.size() - d.bytes);
+    std::memcpy(to, &d.stage, sizeof(Stage));
+    if (!d.places.empty()) std::memcpy(to + places, d.places.data(), bytes_of(d.places));
+    if (!d.instrs.empty()) std::memcpy(to + code, d.instrs.data(), bytes_of(d.instrs));
+    if (!d.micros.empty()) std::memcpy(to + code, d.micros.data(), bytes_of(d.micros));
+    stages_.push_back(std::move(d));
+  }
+
+  void add_fibers(int32_t index, const std::vector<Tap>& taps, const Fibers& f) {
     const Op& op = p_.ops[index];
-    Stage s = start_stage(kFibers, index, entries, op.ntaps);
+    Draft d = start_stage(kFibers, index, taps, op.ntaps);
+    Stage& s = d.stage;
     s.fibers = f.fibers, s.rows = f.rows, s.registers = f.registers;
     s.width = f.rows > 0 && kTileRows % f.rows == 0 ? kTileRows / f.rows : kTileRows;
     s.slices = (f.fibers + s.width - 1) / s.width;
@@ -161,12 +206,14 @@ class Lowering {
     // As many chunks as warps, for one slice to keep a whole CTA busy; but none shorter than two k-steps.
     s.chunk = std::clamp((s.ksteps + 7) / 8, 2, 32);
     s.nchunks = (s.ksteps + s.chunk - 1) / s.chunk;
-    s.instr0 = static_cast<int32_t>(instrs_.size()), s.ninstr = static_cast<int32_t>(f.instrs.size());
-    s.nloads = f.nloads;
-    instrs_.insert(instrs_.end(), f.instrs.begin(), f.instrs.end());
+    s.nloads = f.nloads, s.ncode = static_cast<int32_t>(f.instrs.size());
+    d.instrs = f.instrs;
     pack_linear(op, f, &s);
     choose_tiles(&s);
-    stages_.push_back(s);
+    std::set<int32_t> stores;
+    for (const Instr& i : f.instrs)
+      if (i.fn == kStore) stores.insert(i.b);
+    add_stage(std::move(d), taps, stores);
   }
 
   // Linear row at place `local` of a slice, -1: none.
@@ -226,7 +273,7 @@ class Lowering {
            kblock = cols > 8 || kblock == 1 ? 0 : (kblock + 1) / 2)
         for (int32_t group : {8, 4, 2, 1}) {
           if (group > 1 && group / 2 >= s->slices) continue;
-          const int64_t points = round_up(int64_t{s->nentries} * cols * 8, 16);
+          const int64_t points = round_up(int64_t{s->nplaces} * cols * 8, 16);
           if (points > kMaxPoints * 8 && cols > 8) continue;
           const int32_t local = s->rows * s->width;
           s->cols = cols, s->group = group, s->kblock = kblock;
@@ -237,93 +284,97 @@ class Lowering {
           s->at_s = static_cast<int32_t>(s->at_b + round_up(int64_t{s->ldb} * cols * element, 16));
           s->at_p = static_cast<int32_t>(s->at_s + round_up(int64_t{s->lds} * cols * group * 4, 16));
           const int64_t partial = s->nchunks > 1 ? int64_t{kblock} * bank_stride(local) * kTileCols * 4 : 0;
-          if (s->at_p + partial <= o_.shared_bytes) return;
+          if (s->at_p + partial <= work_bytes_) return;
         }
     throw std::invalid_argument("op " + std::to_string(s->op) + " (" + std::to_string(s->k) + " channels in, " +
-                                std::to_string(s->registers) + " registers, " + std::to_string(s->nentries) +
+                                std::to_string(s->registers) + " registers, " + std::to_string(s->nplaces) +
                                 " places) does not fit " + std::to_string(o_.shared_bytes) + " bytes of shared memory");
   }
 
-  void add_columns(int32_t index, const std::vector<Tap>& places, const Code& code) {
-    Stage s = start_stage(kColumns, index, places, 0);
-    s.code0 = static_cast<int32_t>(code_.size()), s.ncode = static_cast<int32_t>(code.micros.size());
-    s.scratch = static_cast<int32_t>(round_up(code.scratch, 4));
-    s.slices = 1, s.cols = 1;
-    code_.insert(code_.end(), code.micros.begin(), code.micros.end());
-    const int64_t needed = int64_t{s.scratch} * 4;  // at least one warp at a time
-    if (needed > o_.shared_bytes)
-      throw std::invalid_argument("op " + std::to_string(index) + ": its vector program needs " +
-                                  std::to_string(needed) + " bytes of shared memory, and there are " +
-                                  std::to_string(o_.shared_bytes));
-    stages_.push_back(s);
+  void add_columns(int32_t index, const std::vector<Tap>& taps, const Code& code) {
+    Draft d = start_stage(kColumns, index, taps, 0);
+    d.stage.ncode = static_cast<int32_t>(code.micros.size());
+    d.stage.scratch = static_cast<int32_t>(round_up(code.scratch, 4));
+    d.micros = code.micros;
+    const int64_t needed = int64_t{d.stage.scratch} * 4;  // at least one warp at a time
+    if (needed > work_bytes_)
+      throw std::invalid_argument("op " + std::to_string(index) + ": its vector program does not fit " +
+                                  std::to_string(o_.shared_bytes) + " bytes of shared memory");
+    std::set<int32_t> stores;
+    for (const Micro& m : code.micros)
+      if (m.fn == kStore) stores.insert(m.b);
+    add_stage(std::move(d), taps, stores);
+  }
+
+  // The draw of one phase: its places are the parameters.
+  void add_draw(int32_t phase) {
+    const Tap* taps = p_.taps + p_.head.tap0;
+    const std::vector<Tap> mine(taps + p_.head.tap_ptr[phase], taps + p_.head.tap_ptr[phase + 1]);
+    Draft d = start_stage(kDraw, -1, mine, 0);
+    d.writes.insert(p_.head.input);
+    add_stage(std::move(d), mine, {});
   }
 
   // ---- schedule
-  // ------------------------------------------------------------------------------------------------------
-  void add_list(const Item* items, int32_t begin, int32_t end, std::vector<StageItem>* out, std::vector<int32_t>* ptr) {
-    std::set<int32_t> read, written;  // since the last barrier
-    for (int32_t i = begin; i < end; ++i) {
-      const Item& item = items[i];
-      const int32_t first = first_stage_[item.op];
-      const int32_t last = item.op + 1 < p_.nops ? first_stage_[item.op + 1] : static_cast<int32_t>(stages_.size());
-      for (int32_t s = first; s < last; ++s) {
-        std::set<int32_t> reads, writes;
-        touch(stages_[s], &reads, &writes);
-        const bool sync = meets(reads, written) || meets(writes, written) || meets(writes, read);
-        if (sync) read.clear(), written.clear();
-        read.insert(reads.begin(), reads.end()), written.insert(writes.begin(), writes.end());
-        out->push_back({s, item.q0, item.count, item.qstep, sync});
+  // ------------------------------------------------------------------------------------------------------ Row items,
+  // step items and draws of a period in one list. A barrier stands before a stage that reads what was written, or
+  // writes what was read or written, since the last; and before every step, where all look whether to stop.
+  void make_schedule() {
+    for (int32_t t = 0; t < p_.period; ++t) {
+      start_step_ = true;
+      if (t % p_.row_len == 0) {
+        const int32_t* row = p_.row_ptr + t / p_.row_len;
+        for (int32_t i = row[0]; i < row[1]; ++i) schedule(p_.row_items[i]);
       }
+      for (int32_t i = p_.step_ptr[t]; i < p_.step_ptr[t + 1]; ++i) schedule(p_.step_items[i]);
+      schedule_stage(first_stage_[p_.nops] + t % p_.head.phases, {-1, p_.step_site[t], 1, 1});
     }
-    ptr->push_back(static_cast<int32_t>(out->size()));
+  }
+
+  void schedule(const Item& item) {
+    for (int32_t s = first_stage_[item.op]; s < first_stage_[item.op + 1]; ++s) schedule_stage(s, item);
+  }
+
+  void schedule_stage(int32_t index, const Item& item) {
+    const Draft& d = stages_[index];
+    const bool sync = start_step_ || meets(d.reads, written_) || meets(d.writes, written_) || meets(d.writes, read_);
+    if (sync) read_.clear(), written_.clear();
+    read_.insert(d.reads.begin(), d.reads.end()), written_.insert(d.writes.begin(), d.writes.end());
+    items_.push_back({d.descriptor, d.bytes, d.stage.op, item.q0, item.count, item.qstep, sync, start_step_});
+    start_step_ = false;
   }
 
   static bool meets(const std::set<int32_t>& a, const std::set<int32_t>& b) {
     return std::any_of(a.begin(), a.end(), [&](int32_t x) { return b.count(x) > 0; });
   }
 
-  // Buffers a stage reads and writes.
-  void touch(const Stage& s, std::set<int32_t>* reads, std::set<int32_t>* writes) const {
-    std::set<int32_t> stores;  // entries
-    if (s.kind == kFibers) {
-      for (int32_t i = 0; i < s.ninstr; ++i)
-        if (instrs_[s.instr0 + i].fn == kStore) stores.insert(instrs_[s.instr0 + i].b);
-    } else {
-      for (int32_t i = 0; i < s.ncode; ++i)
-        if (code_[s.code0 + i].fn == kStore) stores.insert(code_[s.code0 + i].b);
-    }
-    for (int32_t e = 0; e < s.nentries; ++e) (stores.count(e) ? writes : reads)->insert(entries_[s.entry0 + e].buf);
-  }
-
   // ---- the block
   // -----------------------------------------------------------------------------------------------------
   std::vector<char> assemble() {
     Header h = {};
-    std::vector<char> block(round_up(sizeof h, 16));
-    const auto put = [&](const void* data, size_t bytes) {
-      const int64_t at = static_cast<int64_t>(block.size());
-      block.resize(round_up(at + static_cast<int64_t>(bytes), 16));
-      if (bytes > 0) std::memcpy(block.data() + at, data, bytes);
+    std::vector<char> block(kHeaderBytes);
+    const auto put = [&](const auto& v) {
+      const int64_t at = static_cast<int64_t>(block.size()), bytes = static_cast<int64_t>(v.size() * sizeof v[0]);
+      block.resize(round_up(at + bytes, 16));
+      if (bytes > 0) std::memcpy(block.data() + at, v.data(), bytes);
       return at;
     };
-    const auto put_all = [&](const auto& v) { return put(v.data(), v.size() * sizeof v[0]); };
-    h.buffers = put_all(buffers_), h.entries = put_all(entries_), h.offsets = put_all(offsets_);
-    h.instrs = put_all(instrs_), h.code = put_all(code_), h.stages = put_all(stages_);
-    h.row_items = put_all(row_items_), h.row_ptr = put_all(row_ptr_);
-    h.step_items = put_all(step_items_), h.step_ptr = put_all(step_ptr_);
-    h.step_site = put(p_.step_site, sizeof(int32_t) * p_.period);
-    h.consts = put_all(consts_);
-    h.head_taps = put(p_.taps + p_.head.tap0, sizeof(Tap) * p_.head.tap_ptr[p_.head.phases]);
-    h.weights = put_all(weights_);
-    h.nbuffers = static_cast<int32_t>(buffers_.size()), h.nentries = static_cast<int32_t>(entries_.size());
-    h.ninstrs = static_cast<int32_t>(instrs_.size()), h.nstages = static_cast<int32_t>(stages_.size());
-    h.precision = o_.precision, h.shared_bytes = o_.shared_bytes, h.warps = o_.warps;
+    h.items = put(items_), h.descriptors = put(descriptors_), h.consts = put(consts_), h.weights = put(weights_);
+    h.nitems = static_cast<int32_t>(items_.size());
+    h.precision = o_.precision, h.warps = o_.warps;
+    h.shared_bytes = o_.shared_bytes, h.work_bytes = work_bytes_;
     h.rows = p_.rows, h.cols = p_.cols, h.row_len = p_.row_len, h.period = p_.period;
+    h.nstages = first_stage_[p_.nops];
+    for (const Draft& d : stages_) h.ncolumn_stages += d.stage.kind == kColumns;
     h.steps = p_.steps, h.arena = arena_, h.head = p_.head;
+    const Buffer& input = buffers_[p_.head.input];
+    h.input = place_of({p_.head.input, 0, input.channels, 1, 1, 1, 1, 0, 0, 0, input.rows, 0, input.cols}, 0);
     h.draw_floats = static_cast<int32_t>(round_up(p_.head.params + kDrawScratch, 4));
-    if (int64_t{h.draw_floats} * 4 > o_.shared_bytes)
+    if (int64_t{h.draw_floats} * 4 > work_bytes_)
       throw std::invalid_argument("head: " + std::to_string(p_.head.params) + " parameters do not fit " +
                                   std::to_string(o_.shared_bytes) + " bytes of shared memory");
+    if (static_cast<int64_t>(items_.size()) > INT32_MAX)
+      throw std::invalid_argument("the schedule has 2^31 items or more");
     h.bytes = static_cast<int64_t>(block.size());
     std::memcpy(block.data(), &h, sizeof h);
     return block;
@@ -331,17 +382,16 @@ class Lowering {
 
   const Program& p_;
   const LowerOptions o_;
-  std::vector<Buffer> buffers_;
-  std::vector<Tap> entries_;
-  std::vector<int32_t> offsets_;  // of each linear tap: its first channel in K
-  std::vector<Instr> instrs_;
-  std::vector<Micro> code_;
-  std::vector<Stage> stages_;
-  std::vector<StageItem> row_items_, step_items_;
-  std::vector<int32_t> row_ptr_{0}, step_ptr_{0};
+  int32_t work_bytes_ = 0;
+  std::vector<Buffer> buffers_;  // temporaries at the end
+  std::vector<Draft> stages_;
+  std::vector<int32_t> first_stage_;  // of each op; then of the draws
+  std::vector<int32_t> most_sites_;   // of an item of each op
+  std::vector<char> descriptors_, weights_;
+  std::vector<StageItem> items_;
   std::vector<float> consts_;
-  std::vector<char> weights_;
-  std::vector<int32_t> first_stage_, most_sites_;
+  std::set<int32_t> read_, written_;  // buffers, since the last barrier
+  bool start_step_ = false;
   int64_t arena_ = 0;
 };
 

@@ -25,16 +25,16 @@ enum Precision : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 constexpr int kLanes = 32;
 constexpr int kTileRows = 16, kTileCols = 8, kTileDepth = 16;  // mma.m16n8k16
-constexpr int kMaxPoints = 1 << 11;                            // places a block of columns may point to
+constexpr int kMaxPoints = 1 << 11;  // places x columns of a block that pointers are kept of, if columns can be fewer
 constexpr int kMaxTasks = 16;                                  // warps of a CTA, at most
 constexpr int kDrawScratch = 160;                              // floats a drawing warp needs beside the parameters
 
-enum StageKind : int32_t { kFibers = 0, kColumns = 1 };
+enum StageKind : int32_t { kFibers = 0, kColumns = 1, kDraw = 2 };
 constexpr int32_t kTemp = 4;  // BufferKind beside those of plan.h: one vector per column of the item at hand
 
 // One instruction of the fibers [lo, hi). Operands: x >= 0 a register; x < 0 consts[~x + (f - lo) * step].
-// Loads:  dst = channel c + (f - lo) * step of entry a, imm0 where that is outside.
-// Stores: channel c + (f - lo) of entry b = operand a.
+// Loads:  dst = channel c + (f - lo) * step of place a, imm0 where that is outside.
+// Stores: channel c + (f - lo) of place b = operand a.
 // Embed:  dst = consts[b + row * c + (f - lo) * step], row = (int)a clamped to [0, imm0).
 struct Instr {
   int32_t fn, lo, hi, step;
@@ -43,20 +43,33 @@ struct Instr {
   int32_t unused;
 };
 
+// Where a vector of channels is read or written: a Tap of plan.h, and what it needs of its buffer.
+struct Place {
+  int64_t offset;                       // State, Input, Temp: floats into the slot's arena; Const: into consts
+  int32_t kind;                         // BufferKind or kTemp
+  int32_t cond;                         // Cond: its index
+  int32_t chan, nchan, channels;        // channels: of the buffer
+  int32_t ring_rows, ring_cols;         // Cond and Const: rows and columns
+  int32_t mul_i, mul_j, div_i, div_j, off_i, off_j;
+  int32_t lo_i, hi_i, lo_j, hi_j;
+  int32_t k;                            // linear taps: its first channel within K
+};
+
+// Head of a descriptor; its places and instructions follow, so that one copy brings all that a stage needs.
 struct Stage {
   int32_t kind, op;                     // op: its number in the program, for messages
   int32_t q_rows, q_cols, advance;      // as in Op
-  int32_t entry0, ntaps, nentries;      // places: the linear taps first, then loads and stores
+  int32_t places, ntaps, nplaces;       // places: byte offset in the descriptor; linear taps first, then loads and stores
   // linear part (fibers)
   int32_t k, ksteps;                    // channels; k-steps of 16
   int32_t chunk, nchunks;               // k-steps that one accumulator sums; the sums are added in order
   int64_t weights;                      // byte offset: [slice][tile][kstep][lane] of 16 bytes, or [slice][tile][k][16]
   int32_t bias;                         // offset in consts, [slice][rows * width]; -1: none
+  int32_t widest;                       // most channels of a linear tap
   int32_t fibers, rows, width, slices;
   int32_t registers;                    // of a fiber; the first `rows` are the accumulators
-  int32_t instr0, nloads, ninstr;       // loads first
-  // vector program (columns)
-  int32_t code0, ncode, scratch;
+  int32_t code, nloads, ncode;          // Instr (fibers; loads first) or Micro (columns): byte offset, how many
+  int32_t scratch;                      // columns: floats of a vector program
   // tiles that fit the shared memory it was lowered for
   int32_t cols;                         // columns of a block, at most
   int32_t group;                        // slices at a time
@@ -65,24 +78,37 @@ struct Stage {
   int32_t at_b, at_s, at_p;             // where they start in shared memory, in bytes
 };
 
-// Places have the form of plan.h's taps; of a kTemp buffer only buf and chan count.
+// The schedule: the stages of a period in order, the draws among them. 32 bytes.
 struct StageItem {
-  int32_t stage, q0, count, qstep;
+  int32_t descriptor, bytes;            // offset in units of 16 bytes; size
+  int32_t op;                           // of the stage; -1: a draw
+  int32_t q0, count, qstep;             // as in Item; a draw of an image: q0 is the site
   int32_t sync;                         // 1: a barrier of the team comes first
+  int32_t first;                        // 1: the first of its step
 };
+
+// Shared memory of a CTA: the header, the next items, two descriptors (at hand, and the next one on its way), and what
+// stages use. A descriptor that is larger than its place is read where it is.
+constexpr int kItemsAhead = 2, kItemRing = 4;
+constexpr int kHeaderBytes = 768, kDescriptorBytes = 6 << 10;
+constexpr int kItemsAt = kHeaderBytes, kDescriptorsAt = kItemsAt + kItemRing * static_cast<int>(sizeof(StageItem));
+constexpr int kFixedBytes = kDescriptorsAt + 2 * kDescriptorBytes;
 
 struct Header {
   int64_t bytes;
-  int64_t buffers, entries, offsets, instrs, code, stages, row_items, row_ptr, step_items, step_ptr, step_site, consts,
-      weights, head_taps;               // offsets of the tables in the block
-  int32_t nbuffers, nentries, ninstrs, nstages;
-  int32_t precision, shared_bytes, warps;
+  int64_t items, descriptors, consts, weights;  // offsets of the tables in the block
+  int32_t nitems;                       // of a period
+  int32_t precision, warps;
+  int32_t shared_bytes, work_bytes;     // of a CTA; without the fixed part
   int32_t rows, cols, row_len, period;
+  int32_t nstages, ncolumn_stages;      // for people
+  int32_t draw_floats;                  // of shared memory a drawing warp needs
   int64_t steps;
   int64_t arena;                        // floats of state per slot, temporaries included
-  int32_t draw_floats;                  // of shared memory a drawing warp needs
+  Place input;                          // where the first value goes: the whole input buffer
   Head head;
 };
+static_assert(sizeof(Header) <= kHeaderBytes && sizeof(StageItem) == 32);
 
 // One call. Everything is in the memory of the device that runs it.
 struct Control {                        // written by the team, read by the host while it runs
