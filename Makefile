@@ -69,9 +69,9 @@ sanitize-address: SANITIZERS = address;undefined
 sanitize-thread: SANITIZERS = thread
 sanitize-address sanitize-thread: $(VENV)/.built
 	$(call say,C++ tests under -fsanitize=$(SANITIZERS))
-	@mkdir -p build
+	@$(PY) -W ignore -m tests.dump_programs build/$@/programs
 	@$(VENV)/bin/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(VENV))/bin/ninja" \
-	  "-DFASTGEN_SANITIZE=$(SANITIZERS)" >build/$@.log
+	  "-DFASTGEN_SANITIZE=$(SANITIZERS)" "-DFASTGEN_PROGRAMS=$(abspath build/$@/programs)" >build/$@.log
 	@$(VENV)/bin/cmake --build build/$@ >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
 	@cd build/$@ && "$(abspath $(VENV))/bin/ctest" --output-on-failure --no-tests=error
 
