@@ -1,0 +1,208 @@
+"""The CUDA executor's Python half without a GPU: torch.cuda and the native launch are stood in for, the launch by the same
+interpreter on host threads, so that memory, words, progress, cancelling and errors are those of a run. Tests marked `gpu`
+run only where there is one (bench/gpu.sh)."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgen
+from fastgen import Sampler
+from fastgen.backends import cuda, team
+from fastgen.backends.base import Cancelled
+from fastgen.backends.cpu import native
+from fastgen.errors import FastgenError, UnsupportedError
+from fastgen.plan.harvest import Harvester
+from tests.cases import Case
+from tests.conftest import Compiled
+from tests.oracle import at_length, by_name
+
+IMAGE, AUDIO = by_name("unet-pixelcnnpp")[0], at_length(by_name("wavenet-onehot")[0], 96)
+gpu = pytest.mark.gpu
+H200 = dict(name="stand-in", major=9, minor=0, multiprocessors=132, shared_bytes=232448, memory=1 << 37)
+
+
+class Stream:
+    """Streams as torch hands them out: the second is the caller's again."""
+
+    made = 0
+
+    def __init__(self, device: Any = None) -> None:
+        Stream.made += 1
+        self.cuda_stream = Stream.made % 3
+
+
+class StandIn:
+    """fastgen._native of a machine with an H200; its launches run on host threads, four CTAs a team."""
+
+    has_cuda = True
+
+    def __init__(self) -> None:
+        self.real = native()
+        self.limits = dict(ctas=132, clusters16=8, clusters8=16, cooperative=True)
+        self.launches: list[dict[str, Any]] = []
+        self.fail: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def cuda_device(self, index: int) -> dict[str, Any]:
+        if index > 0:
+            raise self.real.CudaError(f"cuda:{index}: this machine has 1 CUDA devices")
+        return H200
+
+    def cuda_limits(self, index: int, precision: str, shared_bytes: int) -> dict[str, Any]:
+        return self.limits
+
+    def run_on_device(
+        self, launch: dict[str, Any], index: int, stream: int, side: int, rung: dict[str, Any], precision: str,
+        shared_bytes: int, callback: Callable[[int], bool] | None,
+    ) -> int:  # fmt: skip
+        assert stream != side and launch["teams"] == rung["teams"] <= launch["slots"]
+        assert shared_bytes == H200["shared_bytes"]
+        self.launches.append({**launch, "rung": rung["text"]})
+        if self.fail is not None:
+            raise self.fail
+        self.real.run_on_host(launch, 4, 1)
+        words = (ctypes.c_uint32 * (16 * rung["teams"])).from_address(launch["control"])
+        done = min(words[::16])
+        if callback is not None and callback(done // 2) is False:
+            return done // 2
+        if callback is not None:
+            callback(done)
+        return done
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A machine with a GPU, as far as Python can tell."""
+    stand_in = StandIn()
+    for module in (cuda, team):
+        monkeypatch.setattr(module, "native", lambda: stand_in)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+    for name, value in {
+        "is_available": lambda: True, "current_device": lambda: 0, "Stream": Stream,
+        "current_stream": lambda device=None: SimpleNamespace(cuda_stream=1),
+        "mem_get_info": lambda device=None: (1 << 30, 1 << 30), "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return stand_in
+
+
+def on_stand_in(sampler: Sampler, wanted: str = "auto") -> cuda.CudaExecutor:
+    """The CUDA executor with its tensors in host memory."""
+    harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "cuda_device", lambda device: (torch.device("cpu"), H200))
+        return cuda.CudaExecutor(sampler.plan, harvester, torch.float32, torch.device("cuda"), wanted)
+
+
+@pytest.fixture
+def samplers(machine: StandIn, compiled: Compiled) -> Callable[[Case], Sampler]:
+    """A sampler of a case whose executor is the CUDA one on the stand-in."""
+
+    def make(case: Case) -> Sampler:
+        sampler = copy.copy(compiled(case))
+        sampler.executor = on_stand_in(sampler)
+        return sampler
+
+    return make
+
+
+@pytest.mark.parametrize("case", [IMAGE, AUDIO], ids=str)
+def test_sampling_and_verifying(case: Case, samplers: Any, compiled: Compiled, machine: StandIn) -> None:
+    sampler = samplers(case)
+    assert sampler.verify(3).ok
+    assert machine.launches[-1]["rung"] == "3 clusters of 16 CTAs" and machine.launches[-1]["slots"] == 3
+    drawn = sampler.sample(20, seed=4)
+    theirs = compiled(case).sample(20, seed=4)
+    assert float(((drawn - theirs).abs() < 1e-4).float().mean()) > 0.99
+    assert torch.equal(sampler.sample(2, seed=4, first=5), drawn[5:7])
+
+
+def test_more_samples_than_memory_holds(samplers: Any, machine: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = samplers(IMAGE)
+    whole = sampler.sample(7, seed=1)
+    each = 4 * sampler.executor.lowered(None).arena
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(3.5 * each / cuda.MEMORY_SHARE), 0))
+    machine.launches.clear()
+    assert torch.equal(sampler.sample(7, seed=1), whole)
+    assert [launch["slots"] for launch in machine.launches] == [3, 3, 1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (each // 2, 0))
+    with pytest.raises(FastgenError, match=r"one sample needs \d+ bytes of state"):
+        sampler.sample(7)
+
+
+def test_progress_and_cancelling(samplers: Any) -> None:
+    sampler = samplers(IMAGE)
+    seen: list[tuple[int, int]] = []
+    sampler.sample(2, callback=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == 2 * sampler.spec.steps and len(seen) == 2
+    with pytest.raises(Cancelled):
+        sampler.sample(2, callback=lambda done, total: False)
+
+
+@pytest.mark.parametrize("case", [IMAGE, AUDIO], ids=str)
+def test_streaming(case: Case, samplers: Any) -> None:
+    sampler = samplers(case)
+    axis = 2 if case is IMAGE else -1
+    assert torch.equal(torch.cat(list(sampler.stream(2, seed=3)), axis), sampler.sample(2, seed=3))
+
+
+def test_known_values(samplers: Any, compiled: Compiled) -> None:
+    given = compiled(IMAGE).sample(2, seed=8)
+    mask = torch.zeros(given.shape, dtype=torch.bool)
+    mask[..., :3, :] = True
+    drawn: Tensor = samplers(IMAGE).sample(2, seed=1, given=given, mask=mask)
+    assert torch.equal(drawn[mask], given[mask])
+
+
+def test_errors_of_the_device_name_it(samplers: Any, machine: StandIn) -> None:
+    sampler = samplers(IMAGE)
+    for error in (
+        machine.real.CudaError("launch of 1 CTA: cudaErrorX"),
+        machine.real.LostPartner("team 0, CTA 3: op 5"),
+    ):
+        machine.fail = error
+        with pytest.raises(FastgenError, match=str(error).split(":")[0]):
+            sampler.sample(1)
+
+
+def test_a_rung_that_the_device_lacks(compiled: Compiled, machine: StandIn) -> None:
+    machine.limits["clusters16"] = 0
+    assert on_stand_in(compiled(IMAGE)).rung(1)["text"] == "1 cluster of 8 CTAs"
+    with pytest.raises(ValueError, match="cannot hold such a team"):
+        on_stand_in(compiled(IMAGE), wanted="cluster16")
+
+
+def test_devices(machine: StandIn) -> None:
+    assert cuda.cuda_device(torch.device("cuda"))[0] == torch.device("cuda", 0)
+    with pytest.raises(UnsupportedError, match=r"device='cuda:1'.*this machine has 1"):
+        cuda.cuda_device(torch.device("cuda:1"))
+
+
+# ---- with a GPU ----------------------------------------------------------------------------------------------------
+@gpu
+@pytest.mark.parametrize("case", [IMAGE, AUDIO], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    said = dict(layout=case.layout, predicts=case.predicts, start=case.start)
+    model, cond = case.build(), case.cond()
+    there = fastgen.compile(model, case.shape, case.head, cond, device="cuda", dtype=dtype, **said)
+    drawn = there.sample(5, seed=2)
+    assert drawn.is_cuda
+    assert torch.equal(there.sample(2, seed=2, first=3), drawn[3:])
+    for name in ("cluster8", "grid", "cta"):
+        other = fastgen.compile(model, case.shape, case.head, cond, device="cuda", dtype=dtype, team=name, **said)
+        assert torch.equal(other.sample(5, seed=2), drawn)
