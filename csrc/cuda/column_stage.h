@@ -74,6 +74,7 @@ class ColumnStage {
     const float* a = m.fn == kFill ? nullptr : operand(m.a);
     if (m.fn == kEmbed) {
       const float row = a[0] > 0 ? minimum(a[0], m.imm0 - 1) : 0;  // NaN: row 0
+      x_.team.sync_warp();                                         // all have read it, should the result lie over it
       const float* from = x_.consts + m.b + static_cast<int64_t>(row) * m.n;
       return each(m.n, [&](int i) { to[i] = from[i]; });
     }

@@ -227,9 +227,14 @@ class FiberStage {
     const int from = (chunk + which) * s_.chunk;
     const int to = from + s_.chunk < s_.ksteps ? from + s_.chunk : s_.ksteps;
     const Element* x = b_ + column0 * s_.ldb + which * s_.chunk * kTileDepth;
-    for (int step = from; step < to; ++step)
-      multiply_step<P, NT>(sums, weights + static_cast<int64_t>(step) * kStepBytes, x + (step - from) * kTileDepth,
-                           s_.ldb);
+    constexpr int kAhead = P == kFloat32 ? 1 : NT <= 2 ? 8 : 4;  // k-steps of weights on their way at once
+    for (int step = from; step < to; step += kAhead) {
+      Weights<P> ahead[kAhead];
+      FG_UNROLL_ALL for (int u = 0; u < kAhead; ++u) if (step + u < to) ahead[u].load(
+          weights + static_cast<int64_t>(step + u) * kStepBytes);
+      FG_UNROLL_ALL for (int u = 0; u < kAhead; ++u) if (step + u < to)
+          multiply_step<P, NT>(sums, ahead[u], x + (step + u - from) * kTileDepth, s_.ldb);
+    }
   }
 
   // The chunks' sums of one fiber and row, in order, after `before`.

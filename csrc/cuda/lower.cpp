@@ -9,16 +9,10 @@
 #include "../heads.h"
 #include "../validate.h"
 #include "fibers.h"
-#include "fragments.h"
-#include "half.h"
+#include "linear.h"
 
 namespace fastgen::team {
 namespace {
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// n rounded up to a stride that spreads the columns a warp touches at once over all banks.
-int32_t bank_stride(int64_t n) { return static_cast<int32_t>(round_up(n, 32) + 4); }
 
 class Lowering {
  public:
@@ -185,8 +179,8 @@ class Lowering {
     d.stage.places = static_cast<int32_t>(places), d.stage.code = static_cast<int32_t>(code);
     d.bytes = static_cast<int32_t>(round_up(code + bytes_of(d.instrs) + bytes_of(d.micros), 16));
     d.descriptor = static_cast<int32_t>(descriptors_.size() / 16);
-    char* to =
-        (descriptors_.resize(descriptors_.size() + d.bytes), descriptors_.data() + descriptors_.size() - d.bytes);
+    descriptors_.resize(descriptors_.size() + d.bytes);
+    char* to = descriptors_.data() + descriptors_.size() - d.bytes;
     std::memcpy(to, &d.stage, sizeof(Stage));
     if (!d.places.empty()) std::memcpy(to + places, d.places.data(), bytes_of(d.places));
     if (!d.instrs.empty()) std::memcpy(to + code, d.instrs.data(), bytes_of(d.instrs));
@@ -198,97 +192,15 @@ class Lowering {
     const Op& op = p_.ops[index];
     Draft d = start_stage(kFibers, index, taps, op.ntaps);
     Stage& s = d.stage;
-    s.fibers = f.fibers, s.rows = f.rows, s.registers = f.registers;
-    s.width = f.rows > 0 && kTileRows % f.rows == 0 ? kTileRows / f.rows : kTileRows;
-    s.slices = (f.fibers + s.width - 1) / s.width;
-    s.k = f.rows > 0 ? op.k : 0;
-    s.ksteps = (s.k + kTileDepth - 1) / kTileDepth;
-    // As many chunks as warps, for one slice to keep a whole CTA busy; but none shorter than two k-steps.
-    s.chunk = std::clamp((s.ksteps + 7) / 8, 2, 32);
-    s.nchunks = (s.ksteps + s.chunk - 1) / s.chunk;
     s.nloads = f.nloads, s.ncode = static_cast<int32_t>(f.instrs.size());
     d.instrs = f.instrs;
-    pack_linear(op, f, &s);
-    choose_tiles(&s);
+    shape_linear(f, op.k, &s);
+    pack_linear(p_, op, f, o_.precision, &s, &weights_, &consts_);
+    choose_tiles(o_.precision, work_bytes_, &s);
     std::set<int32_t> stores;
     for (const Instr& i : f.instrs)
       if (i.fn == kStore) stores.insert(i.b);
     add_stage(std::move(d), taps, stores);
-  }
-
-  // Linear row at place `local` of a slice, -1: none.
-  static int32_t row_at(const Fibers& f, const Stage& s, int32_t slice, int32_t local) {
-    const int32_t fiber = slice * s.width + local % s.width;
-    return fiber < s.fibers ? f.row_of[static_cast<size_t>(fiber) * s.rows + local / s.width] : -1;
-  }
-
-  float weight(const Op& op, int32_t row, int32_t k) const {
-    const int64_t at = op.weights + (int64_t{row} / kPanel * op.k + k) * kPanel + row % kPanel;
-    if (p_.weight_bits == 32) return static_cast<const float*>(p_.weights)[at];
-    return from_bfloat16(static_cast<const uint16_t*>(p_.weights)[at]);
-  }
-
-  void pack_linear(const Op& op, const Fibers& f, Stage* s) {
-    const int32_t local = s->rows * s->width;
-    if (op.bias >= 0 && s->rows > 0) {
-      s->bias = static_cast<int32_t>(consts_.size());
-      for (int32_t i = 0; i < s->slices * local; ++i) {
-        const int32_t row = row_at(f, *s, i / local, i % local);
-        consts_.push_back(row < 0 ? 0.0f : p_.consts[op.bias + row]);
-      }
-    }
-    s->weights = round_up(static_cast<int64_t>(weights_.size()), 16);
-    weights_.resize(s->weights);
-    const int32_t depth = s->ksteps * kTileDepth;
-    const auto value = [&](int32_t slice, int32_t row, int32_t k) {
-      const int32_t linear = row_at(f, *s, slice, row);
-      return linear < 0 || k >= s->k ? 0.0f : weight(op, linear, k);
-    };
-    for (int32_t slice = 0; slice < s->slices; ++slice)
-      for (int32_t tile = 0; tile < local / kTileRows; ++tile)
-        if (o_.precision == kFloat32) {
-          for (int32_t k = 0; k < depth; ++k)
-            for (int32_t r = 0; r < kTileRows; ++r) append(value(slice, tile * kTileRows + r, k));
-        } else {
-          for (int32_t i = 0; i < s->ksteps * kLanes * 8; ++i) {
-            const int32_t e = i % 8, lane = i / 8 % kLanes, kstep = i / 8 / kLanes;
-            const float w = value(slice, tile * kTileRows + a_row(lane, e), kstep * kTileDepth + a_k(lane, e));
-            append(o_.precision == kBfloat16 ? to_bfloat16(w) : to_float16(w));
-          }
-        }
-  }
-
-  template <class T>
-  void append(T value) {
-    const size_t at = weights_.size();
-    weights_.resize(at + sizeof value);
-    std::memcpy(weights_.data() + at, &value, sizeof value);
-  }
-
-  // The widest block of columns whose staged activations (all of K where possible) and registers fit.
-  void choose_tiles(Stage* s) const {
-    const int64_t element = o_.precision == kFloat32 ? 4 : 2;
-    for (int32_t cols : {64, 32, 16, 8})
-      for (int32_t kblock = std::max(s->nchunks, 1); kblock >= 1;
-           kblock = cols > 8 || kblock == 1 ? 0 : (kblock + 1) / 2)
-        for (int32_t group : {8, 4, 2, 1}) {
-          if (group > 1 && group / 2 >= s->slices) continue;
-          const int64_t points = round_up(int64_t{s->nplaces} * cols * 8, 16);
-          if (points > kMaxPoints * 8 && cols > 8) continue;
-          const int32_t local = s->rows * s->width;
-          s->cols = cols, s->group = group, s->kblock = kblock;
-          s->ldb = s->k > 0 ? kblock * s->chunk * kTileDepth + 8 : 0;
-          s->lds = bank_stride(s->registers * s->width);
-          s->ldp = bank_stride(group * local);
-          s->at_b = static_cast<int32_t>(points);
-          s->at_s = static_cast<int32_t>(s->at_b + round_up(int64_t{s->ldb} * cols * element, 16));
-          s->at_p = static_cast<int32_t>(s->at_s + round_up(int64_t{s->lds} * cols * group * 4, 16));
-          const int64_t partial = s->nchunks > 1 ? int64_t{kblock} * bank_stride(local) * kTileCols * 4 : 0;
-          if (s->at_p + partial <= work_bytes_) return;
-        }
-    throw std::invalid_argument("op " + std::to_string(s->op) + " (" + std::to_string(s->k) + " channels in, " +
-                                std::to_string(s->registers) + " registers, " + std::to_string(s->nplaces) +
-                                " places) does not fit " + std::to_string(o_.shared_bytes) + " bytes of shared memory");
   }
 
   void add_columns(int32_t index, const std::vector<Tap>& taps, const Code& code) {

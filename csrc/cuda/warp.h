@@ -130,12 +130,34 @@ void emulate_step(Sums<NT>& sums, const uint16_t* weights, const uint16_t* x, in
 #endif
 
 // clang-format off
+// One k-step of a tile's weights: on a GPU a lane's registers of the A fragment, so that several steps can be on their
+// way from memory at once; else where they lie.
+template <Precision P>
+struct Weights {
+#if defined(__CUDA_ARCH__)
+  static constexpr bool kInRegisters = P != kFloat32;
+#else
+  static constexpr bool kInRegisters = false;
+#endif
+#if defined(__CUDACC__)
+  uint4 a;
+#endif
+  const void* at;
+
+  FG_D void load(const void* from) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (kInRegisters) a = __ldg(static_cast<const uint4*>(from) + threadIdx.x % kLanes);
+#endif
+    if constexpr (!kInRegisters) at = from;
+  }
+};
+
 // sums += one k-step: weights of the tile (in fragments, or [16][16 rows] in float32) times activations x[column * ld + k]
 // for NT * 8 columns.
 template <Precision P, int NT>
-FG_D void multiply_step(Sums<NT>& sums, const void* weights, const typename Operand<P>::Type* x, int ld) {
+FG_D void multiply_step(Sums<NT>& sums, const Weights<P>& weights, const typename Operand<P>::Type* x, int ld) {
   if constexpr (P == kFloat32) {
-    const float* w = static_cast<const float*>(weights);
+    const float* w = static_cast<const float*>(weights.at);
     for_lanes([&](int lane) {
       FG_UNROLL_SOME for (int k = 0; k < kTileDepth; ++k) {
         const float upper = w[k * kTileRows + c_row(lane, 0)], lower = w[k * kTileRows + c_row(lane, 2)];
@@ -150,7 +172,7 @@ FG_D void multiply_step(Sums<NT>& sums, const void* weights, const typename Oper
   } else {
 #if defined(__CUDA_ARCH__)
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    const uint4 a = __ldg(static_cast<const uint4*>(weights) + lane);
+    const uint4& a = weights.a;
     FG_UNROLL_ALL for (int j = 0; j < NT; ++j) {
       const uint16_t* column = x + (j * kTileCols + b_col(lane)) * ld;
       const uint32_t b0 = *reinterpret_cast<const uint32_t*>(column + b_k(lane, 0));
@@ -168,7 +190,7 @@ FG_D void multiply_step(Sums<NT>& sums, const void* weights, const typename Oper
             : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
     }
 #else
-    emulate_step<P, NT>(sums, static_cast<const uint16_t*>(weights), x, ld);
+    emulate_step<P, NT>(sums, static_cast<const uint16_t*>(weights.at), x, ld);
 #endif
   }
 }

@@ -170,7 +170,9 @@ void fragments() {
     for (int k = 0; k < 16; ++k) x[j * 24 + k] = b[k][j];
   Sums<1> sums;
   sums.clear();
-  multiply_step<kFloat16, 1>(sums, packed, x, 24);
+  Weights<kFloat16> weights;
+  weights.load(packed);
+  multiply_step<kFloat16, 1>(sums, weights, x, 24);
   sums.each([&](int row, int column, float& sum) {
     float want = 0;
     for (int k = 0; k < 16; ++k) want += from_float16(a[row][k]) * from_float16(b[k][column]);
