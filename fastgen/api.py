@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,14 +12,15 @@ from torch import Tensor, nn
 
 from fastgen.backends.base import Cancelled, Executor, Request
 from fastgen.backends.cpu import CpuExecutor
-from fastgen.backends.cuda import TEAMS, CudaExecutor, cuda_device
+from fastgen.backends.cuda import TEAMS, CudaExecutor
 from fastgen.backends.naive import NaiveExecutor
 from fastgen.backends.reference import ReferenceExecutor
 from fastgen.checks import known_values, temperature_of, whole_number
-from fastgen.errors import FastgenError, ModelChangedError, ShapeError, UnsupportedError, VerifyError
+from fastgen.errors import FastgenError, ModelChangedError, ShapeError, VerifyError
 from fastgen.fingerprint import changed, check_finite, fingerprint
 from fastgen.heads import Head
 from fastgen.likelihood import bits_per_dim, log_prob
+from fastgen.placement import BACKENDS, device_of, on_cpu, placed
 from fastgen.plan.build import Plan, build_plan
 from fastgen.plan.harvest import Harvester
 from fastgen.rng import seed_of
@@ -28,7 +28,6 @@ from fastgen.spec import Spec
 from fastgen.stream import stream
 from fastgen.verify import VerifyReport, diagnose, verify
 
-BACKENDS = ("auto", "cpu", "cuda", "reference", "naive")
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
 
 
@@ -57,7 +56,7 @@ class Sampler:
         """Plans again with the module's present weights."""
         check_finite(self.model)
         # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
-        model = self._on_cpu = self.model if _device_of(self.model).type == "cpu" else copy.deepcopy(self.model).cpu()
+        model = self._on_cpu = on_cpu(self.model)
         self.plan: Plan = build_plan(model, self.spec, self.example)
         self.spec = replace(self.spec, head=self.plan.spec.head, vector=self.plan.spec.vector)
         harvester = Harvester(model, self.plan.spec, self.plan.graph)
@@ -281,7 +280,7 @@ def compile(
         example: Any = getattr(model, "example_cond", tuple)
         cond = example()
     cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
-    at, backend = _placed(model, device, backend)
+    at, backend = placed(model, device, backend)
     if team not in TEAMS:
         raise ValueError(f"team={team!r}: expected one of {', '.join(TEAMS)}")
     if threads is not None:
@@ -305,26 +304,6 @@ def compile(
             why = diagnose(sampler._on_cpu, sampler.spec, Request(2, 0, cond=cond))
             raise VerifyError(f"stepping does not reproduce forward ({report}): {why}")
     return sampler
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _placed(model: nn.Module, device: str | torch.device | None, backend: str) -> tuple[torch.device, str]:
-    """Where to sample, and the executor that `auto` stands for there. Raises ValueError, UnsupportedError."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    at = torch.device(device) if device is not None else torch.device("cuda") if backend == "cuda" else None
-    if at is None:
-        at = _device_of(model) if backend == "auto" else torch.device("cpu")
-    if at.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device='{at}': there are executors for cpu and cuda")
-    if backend == "auto":
-        backend = at.type
-    if (at.type == "cuda") != (backend == "cuda"):
-        raise ValueError(f"backend={backend!r} does not run on device='{at}'; leave one of them out")
-    return (cuda_device(at)[0] if backend == "cuda" else at), backend
 
 
 _samplers: OrderedDict[tuple[Any, ...], Sampler] = OrderedDict()
@@ -356,7 +335,7 @@ def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **o
         cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
     key = (
         id(model),
-        _device_of(model),
+        device_of(model),
         *((k, _key(v)) for k, v in chosen.items()),
         cond is None,
         *map(_kind, cond or ()),
@@ -429,4 +408,4 @@ class _Bar:
         return progress
 
 
-__all__ = ["Cancelled", "FastgenError", "Sampler", "compile", "sample"]
+__all__ = ["BACKENDS", "Cancelled", "FastgenError", "Sampler", "compile", "sample"]

@@ -20,6 +20,7 @@ from fastgen.backends import cuda, team
 from fastgen.backends.base import Cancelled
 from fastgen.backends.cpu import native
 from fastgen.errors import FastgenError, UnsupportedError
+from fastgen.placement import copy_to_cpu, on_cpu
 from fastgen.plan.harvest import Harvester
 from tests.cases import Case
 from tests.conftest import Compiled
@@ -190,6 +191,27 @@ def test_devices(machine: StandIn) -> None:
     assert cuda.cuda_device(torch.device("cuda"))[0] == torch.device("cuda", 0)
     with pytest.raises(UnsupportedError, match=r"device='cuda:1'.*this machine has 1"):
         cuda.cuda_device(torch.device("cuda:1"))
+
+
+def test_a_copy_on_the_cpu() -> None:
+    """Of a module whose attributes have a history (weight norm by hooks) or are tensors by themselves."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.utils.weight_norm(torch.nn.Conv2d(1, 3, 3, padding=1))
+            self.mask = torch.ones(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x)
+            return out * self.mask.sum()
+
+    model, x = Masked(), torch.randn(2, 1, 4, 4)
+    before = model(x)  # leaves a weight with a history
+    copied = copy_to_cpu(model)
+    assert torch.equal(copied(x), before)
+    assert copied.mask is not model.mask and copied.conv.weight_g is not model.conv.weight_g
+    assert on_cpu(model) is model
 
 
 # ---- with a GPU ----------------------------------------------------------------------------------------------------
