@@ -1,4 +1,4 @@
-// The host's side. Cancelling: the host sets a word in device memory over a stream of its own; a team reads it once a
+// The host's side. Cancelling: the host copies a word to device memory over a stream of its own; a team reads it once a
 // step. Progress: a team writes a word in pinned host memory as rows are finished. The host looks at these words, and
 // at the event behind the kernel, in short sleeps.
 #include <cuda_runtime.h>
@@ -148,6 +148,8 @@ int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progres
   const auto stream = reinterpret_cast<cudaStream_t>(how.stream),
              side = reinterpret_cast<cudaStream_t>(how.side_stream);
   const Control* control = launch.control;
+  Control* one = launch.control + how.rung.teams;  // behind those of the teams
+  one->done = 1;
   void* mapped = nullptr;
   check(cudaHostGetDevicePointer(&mapped, launch.control, 0), "cudaHostGetDevicePointer (control)");
   launch.control = static_cast<Control*>(mapped);
@@ -168,7 +170,10 @@ int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progres
       cancelled = true;
     }
     if (!cancelled) return;
-    check(cudaMemsetAsync(const_cast<uint32_t*>(launch.cancel), 1, sizeof(uint32_t), side), "cudaMemsetAsync (cancel)");
+    // From pinned memory, so a copy engine does it: a memset may be a kernel, and wait for a multiprocessor.
+    check(cudaMemcpyAsync(const_cast<uint32_t*>(launch.cancel), &one->done, sizeof one->done, cudaMemcpyHostToDevice,
+                          side),
+          "cudaMemcpyAsync (cancel)");
   };
   cudaError_t state;
   auto nap = std::chrono::microseconds(5);

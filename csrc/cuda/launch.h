@@ -39,9 +39,10 @@ struct CudaRun {
 using Progress = std::function<bool(int64_t)>;
 
 // Launches and waits for the end. The pointers of `launch` lead into device memory, that of control into pinned host
-// memory; all words are zeroed. `progress` is called as rows are finished, `out` being complete for the steps done.
-// Returns the number of steps done: all of them, or fewer if cancelled. Throws CudaError, Lost, and what `progress`
-// throws, after the kernel has ended. Allocates nothing: freeing device memory would wait for other samplers' kernels.
+// memory, with room for one more than there are teams; all words are zeroed. `out` may be pinned host memory, too.
+// `progress` is called as rows are finished, `out` being complete for the steps done. Returns the number of steps done:
+// all of them, or fewer if cancelled. Throws CudaError, Lost, and what `progress` throws, after the kernel has ended.
+// Allocates nothing: freeing device memory would wait for other samplers' kernels.
 int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progress);
 
 }  // namespace fastgen::team

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -85,6 +84,13 @@ class CudaExecutor(TeamExecutor):
             raise FastgenError(f"{self.device}: one sample needs {each} bytes of state, and {free} are free")
         return min(MOST_SLOTS, fit)
 
+    def _values(self, request: Request, *shape: int) -> Tensor:
+        """In pinned memory where the caller follows the run: the kernel writes there itself, so that news need no copy,
+        which on a full device might wait for the end."""
+        if request.out is None:
+            return super()._values(request, *shape)
+        return torch.zeros(*shape, dtype=torch.float32, pin_memory=True)
+
     def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
         native_ = self._native
         rung = self.rung(request.slots)
@@ -92,13 +98,13 @@ class CudaExecutor(TeamExecutor):
         sizes = (native_.FAULT_BYTES, 8, 4 * teams + 4 * teams % 8, native_.BARRIER_BYTES * teams)
         words = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
         starts = [words.data_ptr() + sum(sizes[:k]) for k in range(len(sizes))]
-        control = torch.zeros(native_.CONTROL_BYTES * teams, dtype=torch.uint8, pin_memory=True)
+        control = torch.zeros(native_.CONTROL_BYTES * (teams + 1), dtype=torch.uint8, pin_memory=True)
         launch |= dict(zip(("fault", "cancel", "stop", "barrier"), starts, strict=True), control=control.data_ptr())
         stream = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
         while side.cuda_stream == stream.cuda_stream:  # torch hands out streams in turn
             side = torch.cuda.Stream(self.device)
-        news = _News(request, out, side, self.plan.spec.order is None, lowered)
+        news = _News(request, out, self.plan.spec.order is None, lowered)
         try:
             done = native_.run_on_device(
                 {**launch, "teams": teams}, self.device.index, stream.cuda_stream, side.cuda_stream, rung,
@@ -111,17 +117,16 @@ class CudaExecutor(TeamExecutor):
 
 
 class _News:
-    """Told of finished steps while the kernel runs: brings what is new of `out` to the host, then tells the caller."""
+    """Told of finished steps while the kernel runs: hands on what is new of `out`, and tells the caller."""
 
-    def __init__(self, request: Request, out: Tensor, side: torch.cuda.Stream, raster: bool, lowered: Lowered) -> None:
-        self.request, self.out, self.side, self.raster = request, out, side, raster
+    def __init__(self, request: Request, out: Tensor, raster: bool, lowered: Lowered) -> None:
+        self.request, self.out, self.raster = request, out, raster
         self.phases, self.sites = int(lowered.program.head["phases"]), 0
 
     def __call__(self, steps: int) -> bool:
         if self.request.out is not None:
             first, last = (self.sites, steps // self.phases) if self.raster else (0, self.out.shape[1])
-            with torch.cuda.stream(self.side) if self.out.is_cuda else contextlib.nullcontext():
-                self.request.out[:, first:last] = self.out[:, first:last].cpu()
+            self.request.out[:, first:last] = self.out[:, first:last]
             self.sites = last
         assert self.request.progress is not None
         return self.request.progress(steps) is not False

@@ -69,7 +69,7 @@ class TeamExecutor(Executor):
         """See Executor; results are on the executor's device. Releases the GIL."""
         lowered = self.lowered(request.length)
         p, n = lowered.program, request.slots
-        out = self._zeros(n, p.rows * p.cols, int(p.head["channels"]))
+        out = self._values(request, n, p.rows * p.cols, int(p.head["channels"]))
         params = self._zeros(n, p.steps, int(p.head["params"])) if request.want_params else None
         arena = torch.empty(n, lowered.arena, dtype=torch.float32, device=self.device)
         cond = [c.to(self.device, torch.float32).contiguous() for c in self.harvester.sources(p, request)]
@@ -85,7 +85,11 @@ class TeamExecutor(Executor):
         self._launch(launch, request, out, lowered)
         if request.out is not None:
             request.out.copy_(out)
-        return out, params
+        return out.to(self.device), params
+
+    def _values(self, request: Request, *shape: int) -> Tensor:
+        """What the values are written to."""
+        return self._zeros(*shape)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float32, device=self.device)
