@@ -1,4 +1,5 @@
-"""Builds fastgen._native by calling CMake; everything else about the package is in pyproject.toml."""
+"""Builds fastgen._native by calling CMake, and names the packages, as kernels/ is installed as fastgen.kernels; all else
+is in pyproject.toml."""
 
 import os
 import shutil
@@ -7,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -60,4 +61,9 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / target.name, target)
 
 
-setup(ext_modules=[Extension("fastgen._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels"],
+    package_dir={"fastgen.kernels": "kernels"},
+    ext_modules=[Extension("fastgen._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,4 +1,4 @@
-"""Reference models in plain torch, each from its paper. They know nothing of incremental sampling.
+"""Reference models over the layers of `fastgen.nn`, each from its paper. They know nothing of incremental sampling.
 
 Every model carries what `fastgen.sample` needs: `sample_shape` (one sample as forward takes it), `head` (how
 parameters become a value), `predicts`, `start` and `layout` (see `fastgen.compile`), `example_cond()`, and

@@ -14,34 +14,9 @@ from torch import Tensor, nn
 from fastgen.errors import ShapeError
 from fastgen.heads import Categorical
 from fastgen.models.base import ReferenceModel, check_cond
-
-
-def gate(x: Tensor) -> Tensor:
-    """Gated activation tanh(a) * sigmoid(b) of the two halves of the channels (equation 2).
-
-    Shapes: x [B, 2D, ...] -> [B, D, ...].
-    """
-    a, b = x.chunk(2, dim=1)
-    return torch.tanh(a) * torch.sigmoid(b)
-
-
-class MaskedConv2d(nn.Conv2d):
-    """Convolution padded above and to the left only, whose weight is multiplied by a mask in every forward.
-
-    Output row i reads the rows i-kh+1 .. i; `centred` output columns read kw//2 columns to either side,
-    others the columns j-kw+1 .. j. `mask` [kh, kw] holds ones for the taps that may be read.
-    """
-
-    mask: Tensor
-
-    def __init__(self, cin: int, cout: int, kernel: tuple[int, int], centred: bool, mask: Tensor) -> None:
-        super().__init__(cin, cout, kernel)
-        left, right = (kernel[1] // 2, kernel[1] // 2) if centred else (kernel[1] - 1, 0)
-        self.pads = (left, right, kernel[0] - 1, 0)
-        self.register_buffer("mask", mask, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, self.pads), self.weight * self.mask, self.bias)
+from fastgen.nn import DownRightShiftedConv2d, DownShiftedConv2d, GatedConv2d
+from fastgen.nn.conv2d import Mask
+from fastgen.ops.reference import gated as gate
 
 
 class GatedLayer(nn.Module):
@@ -54,28 +29,26 @@ class GatedLayer(nn.Module):
     def __init__(self, dim: int, kernel: int, first: bool, classes: int, cond_channels: int) -> None:
         super().__init__()
         reach = kernel // 2 + 1
-        above, before = torch.ones(reach, kernel), torch.ones(1, reach)
-        if first:
-            above[-1], before[:, -1] = 0.0, 0.0
+        mask: Mask = "A" if first else "B"
         self.residual = not first
-        self.vertical = MaskedConv2d(dim, 2 * dim, (reach, kernel), True, above)
-        self.horizontal = MaskedConv2d(dim, 2 * dim, (1, reach), False, before)
+        self.vertical = DownShiftedConv2d(dim, 2 * dim, (reach, kernel), mask=mask)
+        self.horizontal = DownRightShiftedConv2d(dim, dim, (1, reach), mask=mask, gate="tanh")
         self.vertical_to_horizontal = nn.Conv2d(2 * dim, 2 * dim, 1)
-        self.out = nn.Conv2d(dim, dim, 1)
+        self.out = GatedConv2d(dim, dim, 1, gate="none")
         self.label = nn.Embedding(classes, 2 * dim) if classes else None
         self.cond = nn.Conv2d(cond_channels, 4 * dim, 1, bias=False) if cond_channels else None
 
     def forward(self, v: Tensor, h: Tensor, label: Tensor | None, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        v_sum = self.vertical(v)
-        h_sum = self.horizontal(h) + self.vertical_to_horizontal(v_sum)
+        v_sum = self.vertical(v)  # not gated by the layer: the horizontal stack reads the sum itself
+        h_shift = self.vertical_to_horizontal(v_sum)
         if self.label is not None:
             shift = self.label(label)[:, :, None, None]
-            v_sum, h_sum = v_sum + shift, h_sum + shift
+            v_sum, h_shift = v_sum + shift, h_shift + shift
         if self.cond is not None:
-            v_shift, h_shift = self.cond(cond).chunk(2, dim=1)
-            v_sum, h_sum = v_sum + v_shift, h_sum + h_shift
-        h_out = self.out(gate(h_sum))
-        return gate(v_sum), h + h_out if self.residual else h_out
+            v_cond, h_cond = self.cond(cond).chunk(2, dim=1)
+            v_sum, h_shift = v_sum + v_cond, h_shift + h_cond
+        gated = self.horizontal(h, h_shift)
+        return gate(v_sum, "tanh"), self.out(gated, residual=h if self.residual else None)
 
 
 class GatedPixelCNN(ReferenceModel):

@@ -19,48 +19,47 @@ from torch.nn.utils.parametrizations import weight_norm
 from fastgen.errors import CheckpointError, ShapeError
 from fastgen.heads import LogisticMixture
 from fastgen.models.base import ReferenceModel, check_cond
-
-
-def concat_elu(x: Tensor) -> Tensor:
-    """ELU of x and of -x side by side (Shang et al. 2016). [B, D, ...] -> [B, 2D, ...]."""
-    return F.elu(torch.cat((x, -x), dim=1))
+from fastgen.nn import (
+    DownRightShiftedConv2d,
+    DownRightShiftedConvTranspose2d,
+    DownShiftedConv2d,
+    DownShiftedConvTranspose2d,
+    GatedConv2d,
+)
+from fastgen.ops import concat_elu
 
 
 class ShiftedConv2d(nn.Module):
     """Weight-normalised convolution that reads only above (`vertical`) or above and to the left.
 
-    kernel (kh, kw): output row i reads the input rows i*stride-kh+1 .. i*stride; a vertical one the columns
-    within kw//2 of j*stride, else the columns j*stride-kw+1 .. j*stride.
+    `fastgen.nn.DownShiftedConv2d` or `DownRightShiftedConv2d`, with their options: a gate, concat_elu in front.
     """
 
-    def __init__(self, cin: int, cout: int, kernel: tuple[int, int], vertical: bool, stride: int = 1) -> None:
+    def __init__(self, cin: int, cout: int, kernel: tuple[int, int], vertical: bool, **options: Any) -> None:
         super().__init__()
-        left, right = (kernel[1] // 2, kernel[1] // 2) if vertical else (kernel[1] - 1, 0)
-        self.pads = (left, right, kernel[0] - 1, 0)
-        self.conv = weight_norm(nn.Conv2d(cin, cout, kernel, stride=stride))
+        kind = DownShiftedConv2d if vertical else DownRightShiftedConv2d
+        self.conv = weight_norm(kind(cin, cout, kernel, **options))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(F.pad(x, self.pads))
+    def forward(
+        self, x: Tensor, cond: Tensor | None = None, residual: Tensor | None = None, activated: bool = False
+    ) -> Tensor:
+        y: Tensor = self.conv(x, cond, residual, activated=activated)
         return y
 
 
 class ShiftedUpsample2d(nn.Module):
-    """Weight-normalised transposed convolution of stride 2, cropped so that no output reads below (or right
-    of) it.
+    """Weight-normalised transposed convolution of stride 2 whose output reads nothing below (or right of) it.
 
-    [B, D, H, W] -> [B, D, 2H, 2W]. vertical: kernel (2, 3) with a column cropped at either side, else kernel
-    (2, 2).
+    [B, D, H, W] -> [B, D, 2H, 2W]. vertical: kernel (2, 3), else (2, 2).
     """
 
     def __init__(self, dim: int, vertical: bool) -> None:
         super().__init__()
-        self.left = 1 if vertical else 0
-        kernel = (2, 3) if vertical else (2, 2)
-        self.conv = weight_norm(nn.ConvTranspose2d(dim, dim, kernel, stride=2, output_padding=1))
+        kind = DownShiftedConvTranspose2d if vertical else DownRightShiftedConvTranspose2d
+        self.conv = weight_norm(kind(dim, dim, (2, 3) if vertical else (2, 2), stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, cols = 2 * x.shape[2], 2 * x.shape[3]
-        y: Tensor = self.conv(x)[:, :, :rows, self.left : self.left + cols]
+        y: Tensor = self.conv(x)
         return y
 
 
@@ -74,21 +73,20 @@ class GatedResnet(nn.Module):
     def __init__(self, dim: int, vertical: bool, skip: int, dropout: float, classes: int) -> None:
         super().__init__()
         kernel = (2, 3) if vertical else (2, 2)
-        self.conv_in = ShiftedConv2d(2 * dim, dim, kernel, vertical)
-        self.skip = weight_norm(nn.Conv2d(2 * skip, dim, 1)) if skip else None
+        self.conv_in = ShiftedConv2d(dim, dim, kernel, vertical, elu=True)
+        self.skip = weight_norm(GatedConv2d(skip, dim, 1, gate="none", elu=True)) if skip else None
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = ShiftedConv2d(2 * dim, 2 * dim, kernel, vertical)
+        self.conv_out = ShiftedConv2d(dim, dim, kernel, vertical, elu=True, gate="linear")
         self.label = nn.Embedding(classes, 2 * dim) if classes else None
 
     def forward(self, x: Tensor, other: Tensor | None, label: Tensor | None) -> Tensor:
-        y = self.conv_in(concat_elu(x))
-        if self.skip is not None and other is not None:
-            y = y + self.skip(concat_elu(other))
-        y = self.conv_out(self.dropout(concat_elu(y)))
-        if self.label is not None:
-            y = y + self.label(label)[:, :, None, None]
-        a, b = y.chunk(2, dim=1)
-        out: Tensor = x + a * torch.sigmoid(b)
+        skip = self.skip(other) if self.skip is not None and other is not None else None
+        shift = self.label(label)[:, :, None, None] if self.label is not None else None
+        y = self.conv_in(x, residual=skip)
+        dropped = self.training and self.dropout.p > 0.0
+        if dropped:  # it falls on concat_elu's result, which a fused layer never makes
+            y = self.dropout(concat_elu(y))
+        out: Tensor = self.conv_out(y, shift, x, activated=dropped)
         return out
 
 
@@ -162,8 +160,8 @@ class PixelCNNpp(ReferenceModel):
         self.first_left = ShiftedConv2d(channels + 1, dim, (2, 1), False)
         self.inward = nn.ModuleList(Level(nr_resnet, dim, False, dropout, n) for _ in range(3))
         self.outward = nn.ModuleList(Level(nr_resnet + (i > 0), dim, True, dropout, n) for i in range(3))
-        self.halve_vertical = nn.ModuleList(ShiftedConv2d(dim, dim, (2, 3), True, 2) for _ in range(2))
-        self.halve_horizontal = nn.ModuleList(ShiftedConv2d(dim, dim, (2, 2), False, 2) for _ in range(2))
+        self.halve_vertical = nn.ModuleList(ShiftedConv2d(dim, dim, (2, 3), True, stride=2) for _ in range(2))
+        self.halve_horizontal = nn.ModuleList(ShiftedConv2d(dim, dim, (2, 2), False, stride=2) for _ in range(2))
         self.double_vertical = nn.ModuleList(ShiftedUpsample2d(dim, True) for _ in range(2))
         self.double_horizontal = nn.ModuleList(ShiftedUpsample2d(dim, False) for _ in range(2))
         self.params = weight_norm(nn.Conv2d(dim, self.head.num_params(channels), 1))

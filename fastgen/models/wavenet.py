@@ -15,17 +15,7 @@ from torch import Tensor, nn
 from fastgen.errors import ShapeError
 from fastgen.heads import Categorical, LogisticMixture
 from fastgen.models.base import ReferenceModel, check_cond
-
-
-class CausalConv1d(nn.Conv1d):
-    """Convolution padded on the left only: output t reads t, t-d, .. t-(k-1)d. [B, C, T] -> [B, D, T]."""
-
-    def __init__(self, cin: int, cout: int, kernel: int, dilation: int = 1) -> None:
-        super().__init__(cin, cout, kernel, dilation=dilation)
-        self.reach = (kernel - 1) * dilation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (self.reach, 0)))
+from fastgen.nn import CausalConv1d, GatedResidual1d
 
 
 class Upsample(nn.Module):
@@ -50,28 +40,25 @@ class Upsample(nn.Module):
         return c.reshape(batch, channels, -1)
 
 
-class WaveNetLayer(nn.Module):
-    """One dilated layer: x [B, R, T] -> (residual [B, R, T], skip [B, S, T]) (Figure 4, section 2.5)."""
+class WaveNetLayer(GatedResidual1d):
+    """One dilated layer with conditioning: x [B, R, T] -> (residual [B, R, T], skip [B, S, T]) (Figure 4, section
+    2.5). gate: channels of both halves; local, speaker: channels of the conditioning, 0 without."""
 
     def __init__(
-        self, residual: int, gate: int, skip: int, kernel: int, dilation: int, local: int, speaker: int
+        self, residual: int, gate: int, skip: int, kernel: int, dilation: int, local: int, speaker: int, scale: float
     ) -> None:
-        super().__init__()
-        self.dilated = CausalConv1d(residual, gate, kernel, dilation)
+        super().__init__(residual, gate // 2, skip, kernel, dilation, residual_scale=scale)
         self.local = nn.Conv1d(local, gate, 1, bias=False) if local else None
         self.speaker = nn.Conv1d(speaker, gate, 1, bias=False) if speaker else None
-        self.residual = nn.Conv1d(gate // 2, residual, 1)
-        self.skip = nn.Conv1d(gate // 2, skip, 1)
 
-    def forward(self, x: Tensor, local: Tensor | None, speaker: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = self.dilated(x)
-        if self.local is not None:
-            y = y + self.local(local)
+    def forward(  # type: ignore[override]  # conditioning in its own channels
+        self, x: Tensor, local: Tensor | None, speaker: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        cond = self.local(local) if self.local is not None else None
         if self.speaker is not None:
-            y = y + self.speaker(speaker)
-        a, b = y.chunk(2, dim=1)
-        y = torch.tanh(a) * torch.sigmoid(b)
-        return x + self.residual(y), self.skip(y)
+            shift = self.speaker(speaker)
+            cond = shift if cond is None else cond + shift
+        return super().forward(x, cond)
 
 
 class WaveNet(ReferenceModel):
@@ -145,6 +132,7 @@ class WaveNet(ReferenceModel):
                 2 ** (i % (layers // stacks)),
                 local_channels,
                 global_channels,
+                self.residual_scale,
             )
             for i in range(layers)
         )
@@ -190,7 +178,6 @@ class WaveNet(ReferenceModel):
         total: Tensor | None = None
         for layer in self.layers:
             x, skip = layer(x, local, speaker)
-            x = x * self.residual_scale
             total = skip if total is None else total + skip
         assert total is not None
         y: Tensor = self.params(F.relu(self.hidden(F.relu(total * self.skip_scale))))

@@ -1,0 +1,1 @@
+"""Triton kernels of fastgen.ops: launchers that trust their arguments, which `fastgen.ops` has checked."""
