@@ -92,7 +92,7 @@ struct Op {
   int32_t code0, ncode; // vector program
   int32_t scratch;      // floats of scratch it uses (the linear part's at 0, rounded up to a panel)
   int32_t up_i, up_j, par_i, par_j;  // dst site = q * up + par
-  int32_t q_rows, q_cols;            // iteration grid; q = qi * q_cols + qj, 0 <= q < q_rows * q_cols
+  int32_t q_rows, q_cols;            // iteration grid; q = qi * q_cols + qj, 0 <= q < q_rows * q_cols. Empty: the op never runs
   int32_t advance;                   // q per period of the schedule (sequences)
 };
 

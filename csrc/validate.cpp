@@ -186,7 +186,7 @@ class ScratchCheck {
 
 void check_op(const Program& p, int32_t index) {
   const Op& o = p.ops[index];
-  if (o.q_rows < 1 || o.q_cols < 1 || static_cast<int64_t>(o.q_rows) * o.q_cols > INT32_MAX)
+  if (o.q_rows < 0 || o.q_cols < 0 || static_cast<int64_t>(o.q_rows) * o.q_cols > INT32_MAX)
     fail("op ", index, ": iteration grid ", o.q_rows, " x ", o.q_cols);
   if (o.up_i < 0 || o.up_j < 0 || o.par_i < 0 || o.par_j < 0 || o.advance < 0)
     fail("op ", index, ": up, par or advance is negative");

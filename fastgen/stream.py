@@ -23,9 +23,12 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
         news.put(steps)
         return not stop.is_set()
 
+    aside = executor.aside()
+
     def work() -> None:
         try:
-            executor.run(request)
+            with aside:
+                executor.run(request)
             news.put(spec.steps)
         except Cancelled:
             pass

@@ -4,9 +4,11 @@ run only where there is one (bench/gpu.sh)."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,13 +34,17 @@ H200 = dict(name="stand-in", major=9, minor=0, multiprocessors=132, shared_bytes
 
 
 class Stream:
-    """Streams as torch hands them out: the second is the caller's again."""
+    """Streams as torch hands them out: by priority, in turn."""
 
     made = 0
 
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
         Stream.made += 1
-        self.cuda_stream = Stream.made % 3
+        self.cuda_stream = 100 * -priority + 10 + Stream.made % 3
+        self.waited_for: list[int] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waited_for.append(other.cuda_stream)
 
 
 class StandIn:
@@ -69,7 +75,7 @@ class StandIn:
     ) -> int:  # fmt: skip
         assert stream != side and launch["teams"] == rung["teams"] <= launch["slots"]
         assert shared_bytes == H200["shared_bytes"]
-        self.launches.append({**launch, "rung": rung["text"]})
+        self.launches.append({**launch, "rung": rung["text"], "stream": stream})
         if self.fail is not None:
             raise self.fail
         self.real.run_on_host(launch, 4, 1)
@@ -91,9 +97,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     zeros = torch.zeros
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k))
+    current = threading.local()
+
+    @contextlib.contextmanager
+    def inside(stream: Stream) -> Iterator[None]:
+        current.stream = stream
+        yield
+        del current.stream
+
+    default = SimpleNamespace(cuda_stream=0)
     for name, value in {
         "is_available": lambda: True, "current_device": lambda: 0, "Stream": Stream,
-        "current_stream": lambda device=None: SimpleNamespace(cuda_stream=1),
+        "current_stream": lambda device=None: getattr(current, "stream", default), "stream": inside,
         "mem_get_info": lambda device=None: (1 << 30, 1 << 30), "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
     }.items():  # fmt: skip
@@ -155,10 +170,12 @@ def test_progress_and_cancelling(samplers: Any) -> None:
 
 
 @pytest.mark.parametrize("case", [IMAGE, AUDIO], ids=str)
-def test_streaming(case: Case, samplers: Any) -> None:
+def test_streaming(case: Case, samplers: Any, machine: StandIn) -> None:
     sampler = samplers(case)
     axis = 2 if case is IMAGE else -1
     assert torch.equal(torch.cat(list(sampler.stream(2, seed=3)), axis), sampler.sample(2, seed=3))
+    streamed, sampled = machine.launches
+    assert sampled["stream"] == 0 != streamed["stream"]  # whoever reads the stream goes on using the default one
 
 
 def test_known_values(samplers: Any, compiled: Compiled) -> None:

@@ -249,12 +249,23 @@ def test_random_sequence_networks(
         head.with_layout("B(n*C)*"), predicts="next",
     )  # fmt: skip
     strides = [layer[3] for layer in layers if layer[0] == "strided"]
-    repeats = math.lcm(8, math.prod(strides)) * 8 <= length  # and the first few periods may differ
+    repeats = math.lcm(8, math.prod(strides)) * (12 if strides else 8) <= length  # the first few periods may differ
     check(case, *([] if repeats else ["does not repeat"]))
     if length >= 64:
         sampler = compile_case(case)
         for other in others:
             check_length(sampler, case, other)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 70])
+def test_strided_sequences_shorter_than_a_stride(length: int) -> None:
+    layers = [("strided", 3, 2, 2, "concat_elu", "cat")] * 2
+    head, channels, out = SEQUENCE_HEADS[0]
+    case = Case(
+        "strided", lambda: randomise(RandomSequenceNet(channels, layers, out), 5, 1.1), (channels, 96),
+        head.with_layout("B(n*C)*"), predicts="next",
+    )  # fmt: skip
+    check_length(compile_case(case), case, length)
 
 
 # ---- the planner's verdict -------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 #include <chrono>
 #include <cstring>
 
-#include "driver.h"
 #include "../validate.h"
+#include "driver.h"
 
 namespace fastgen {
 namespace {

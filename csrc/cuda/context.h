@@ -52,12 +52,14 @@ struct Context {
   const Header& h;  // in shared memory
   const float* consts;
   const char* weights;
+  int32_t work_at;       // of shared memory
   int32_t slot0, slots;  // this team's
   int64_t period = 0;
 
   FG_D Context(Team& t, const Launch& launch) : team(t), a(launch), h(*reinterpret_cast<const Header*>(t.shared())) {
     const Header& there = *reinterpret_cast<const Header*>(a.block);
     consts = reinterpret_cast<const float*>(a.block + there.consts), weights = a.block + there.weights;
+    work_at = there.work_at;
     const int64_t n = a.slots;
     slot0 = static_cast<int32_t>(n * t.index() / a.teams);
     slots = static_cast<int32_t>(n * (t.index() + 1) / a.teams) - slot0;
@@ -66,7 +68,7 @@ struct Context {
   // Shared memory that stages use.
   template <class T>
   FG_D T* shared(int32_t offset) const {
-    return reinterpret_cast<T*>(team.shared() + kFixedBytes + offset);
+    return reinterpret_cast<T*>(team.shared() + work_at + offset);
   }
 
   // f(i) for i in [0, n), shared by the threads of this CTA; neighbouring threads have neighbouring i.
@@ -74,6 +76,16 @@ struct Context {
   FG_D void for_each(int n, F f) const {
     const int step = team.warps() * kLanes;
     for (int base = team.warp() * kLanes; base < n; base += step)
+      for_lanes([&](int lane) {
+        if (base + lane < n) f(base + lane);
+      });
+  }
+
+  // The same, from the last warp on: for work beside another that the first warps begin with.
+  template <class F>
+  FG_D void for_each_from_last(int n, F f) const {
+    const int step = team.warps() * kLanes;
+    for (int base = (team.warps() - 1 - team.warp()) * kLanes; base < n; base += step)
       for_lanes([&](int lane) {
         if (base + lane < n) f(base + lane);
       });

@@ -52,7 +52,9 @@ class Interpreter {
   FG_D StageItem* ring(uint32_t count) const {
     return reinterpret_cast<StageItem*>(team_.shared() + kItemsAt) + count % kItemRing;
   }
-  FG_D char* descriptor(uint32_t count) const { return team_.shared() + kDescriptorsAt + count % 2 * kDescriptorBytes; }
+  FG_D char* descriptor(uint32_t count) const {
+    return team_.shared() + kDescriptorsAt + count % 2 * x_.h.descriptor_bytes;
+  }
 
   FG_D bool meet(int64_t step, int32_t op) {
     team_.at(step, op);
@@ -98,31 +100,35 @@ class Interpreter {
 
   FG_D void fetch_descriptor(uint32_t count) {
     const StageItem& item = *ring(count);
-    if (item.bytes <= kDescriptorBytes) x_.copy(descriptor(count), stored(item), item.bytes);
-  }
-
-  FG_D const char* stored(const StageItem& item) const {
-    return a_.block + x_.h.descriptors + static_cast<int64_t>(item.descriptor) * 16;
+    x_.copy(descriptor(count), a_.block + x_.h.descriptors + static_cast<int64_t>(item.descriptor) * 16, item.bytes);
   }
 
   FG_D void execute(const StageItem& item, uint32_t count, int64_t step) {
-    const char* at = item.bytes <= kDescriptorBytes ? descriptor(count) : stored(item);
-    const Stage& stage = *reinterpret_cast<const Stage*>(at);
+    const Stage& stage = *reinterpret_cast<const Stage*>(descriptor(count));
     if (stage.kind == kFibers) {
       FiberStage<P, Team>(x_, stage, item).run();
     } else if (stage.kind == kColumns) {
       ColumnStage<Team>(x_, stage, item).run();
     } else {
+      const bool cancelled = first_thread() && team_.peek(a_.cancel) != 0;
       const bool whole = x_.h.period >= x_.h.steps;  // a repeating schedule is that of a sequence
       DrawStage<Team>(x_, stage).run(step, whole ? item.q0 : static_cast<int32_t>(step / x_.h.head.phases));
-      if (first_thread() && team_.peek(a_.cancel) != 0) team_.post(a_.stop + team_.index(), 1);
+      if (cancelled) post_stop(step + 1);
     }
+  }
+
+  // A team stops after the step it was told in, not before: a CTA that looks late must see what the others saw, though
+  // the first may have drawn again meanwhile.
+  FG_D void post_stop(int64_t steps) {
+    uint32_t* stop = a_.stop + team_.index();
+    if (team_.peek(stop) == 0) team_.post(stop, static_cast<uint32_t>(steps));
   }
 
   // After the barrier behind a step's draw: progress; false: cancelled.
   FG_D bool between(int64_t steps) {
     if (steps % x_.h.row_len == 0 || steps == x_.h.steps) report(steps);
-    return team_.peek(a_.stop + team_.index()) == 0;
+    const uint32_t stop = team_.peek(a_.stop + team_.index());
+    return stop == 0 || static_cast<int64_t>(stop) > steps;
   }
 
   FG_D void report(int64_t steps) {

@@ -26,12 +26,29 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = before_ != device;  // setting one that was never used would open it
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
   }
-  ~OnDevice() { (void)cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) (void)cudaSetDevice(before_);
+  }
 
  private:
   int before_ = 0;
+  bool changed_ = false;
+};
+
+// Waits for what a stream was given, whatever happens: its kernel works on the caller's memory.
+class Waiting {
+ public:
+  explicit Waiting(cudaStream_t stream) : stream_(stream) {}
+  ~Waiting() {
+    if (!done) (void)cudaStreamSynchronize(stream_);
+  }
+  bool done = false;
+
+ private:
+  const cudaStream_t stream_;
 };
 
 class Event {
@@ -155,6 +172,7 @@ int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progres
   launch.control = static_cast<Control*>(mapped);
   const Event end;
   start(launch, how);
+  Waiting waiting(stream);
   check(cudaEventRecord(end.get(), stream), "cudaEventRecord");
   int64_t reported = 0;
   std::exception_ptr error;
@@ -169,11 +187,11 @@ int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progres
       error = std::current_exception();
       cancelled = true;
     }
-    if (!cancelled) return;
     // From pinned memory, so a copy engine does it: a memset may be a kernel, and wait for a multiprocessor.
-    check(cudaMemcpyAsync(const_cast<uint32_t*>(launch.cancel), &one->done, sizeof one->done, cudaMemcpyHostToDevice,
-                          side),
-          "cudaMemcpyAsync (cancel)");
+    if (cancelled)
+      check(cudaMemcpyAsync(const_cast<uint32_t*>(launch.cancel), &one->done, sizeof one->done, cudaMemcpyHostToDevice,
+                            side),
+            "cudaMemcpyAsync (cancel)");
   };
   cudaError_t state;
   auto nap = std::chrono::microseconds(5);
@@ -182,6 +200,7 @@ int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progres
     std::this_thread::sleep_for(nap);
     nap = std::min(nap * 2, std::chrono::microseconds(200));
   }
+  waiting.done = true;
   check(state, "the sampling kernel failed (" + describe(how.rung) + ")");
   Fault fault = {};
   check(cudaMemcpyAsync(&fault, launch.fault, sizeof fault, cudaMemcpyDeviceToHost, side), "cudaMemcpyAsync (fault)");

@@ -98,8 +98,7 @@ void choose_tiles(Precision precision, int32_t work_bytes, Stage* s) {
       }
   throw std::invalid_argument("op " + std::to_string(s->op) + " (" + std::to_string(s->k) + " channels in, " +
                               std::to_string(s->registers) + " registers, " + std::to_string(s->nplaces) +
-                              " places) does not fit " + std::to_string(work_bytes + kFixedBytes) +
-                              " bytes of shared memory");
+                              " places) does not fit " + std::to_string(work_bytes) + " bytes of shared memory");
 }
 
 }  // namespace fastgen::team

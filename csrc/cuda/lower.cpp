@@ -21,10 +21,6 @@ class Lowering {
   std::vector<char> run() {
     validate(p_);
     if (o_.warps < 1 || o_.warps > kMaxTasks) throw std::invalid_argument("warps is out of range");
-    if (o_.shared_bytes < kFixedBytes + 2048)
-      throw std::invalid_argument("a CTA needs more than " + std::to_string(o_.shared_bytes) +
-                                  " bytes of shared memory");
-    work_bytes_ = o_.shared_bytes - kFixedBytes;
     buffers_.assign(p_.buffers, p_.buffers + p_.nbuffers);
     consts_.assign(p_.consts, p_.consts + p_.nconsts);
     arena_ = round_up(p_.arena, 16);
@@ -33,6 +29,8 @@ class Lowering {
     for (int32_t op = 0; op < p_.nops; ++op) lower_op(op);
     first_stage_.push_back(static_cast<int32_t>(stages_.size()));
     for (int32_t phase = 0; phase < p_.head.phases; ++phase) add_draw(phase);
+    fit_shared_memory();
+    for (Draft& d : stages_) write_descriptor(d);
     make_schedule();
     return assemble();
   }
@@ -171,21 +169,42 @@ class Lowering {
     return d;
   }
 
-  // Puts the descriptor together. stores: places that the stage writes.
+  template <class T>
+  static int64_t bytes_of(const std::vector<T>& v) {
+    return static_cast<int64_t>(v.size() * sizeof(T));
+  }
+
+  // stores: places that the stage writes.
   void add_stage(Draft d, const std::vector<Tap>& taps, const std::set<int32_t>& stores) {
     for (int32_t e = 0; e < d.stage.nplaces; ++e) (stores.count(e) ? d.writes : d.reads).insert(taps[e].buf);
-    const auto bytes_of = [](const auto& v) { return static_cast<int64_t>(v.size() * sizeof v[0]); };
-    const int64_t places = round_up(sizeof(Stage), 16), code = round_up(places + bytes_of(d.places), 16);
-    d.stage.places = static_cast<int32_t>(places), d.stage.code = static_cast<int32_t>(code);
-    d.bytes = static_cast<int32_t>(round_up(code + bytes_of(d.instrs) + bytes_of(d.micros), 16));
+    d.stage.places = static_cast<int32_t>(round_up(sizeof(Stage), 16));
+    d.stage.code = static_cast<int32_t>(round_up(d.stage.places + bytes_of(d.places), 16));
+    d.bytes =
+        static_cast<int32_t>(round_up(d.stage.code + bytes_of(d.instrs) + bytes_of(d.micros) + sizeof(Instr), 16));
+    stages_.push_back(std::move(d));
+  }
+
+  // What two descriptors leave of shared memory is for the stages; tiles are chosen to fit it.
+  void fit_shared_memory() {
+    for (const Draft& d : stages_) descriptor_bytes_ = std::max(descriptor_bytes_, d.bytes);
+    work_bytes_ = o_.shared_bytes - kDescriptorsAt - 2 * descriptor_bytes_;
+    for (Draft& d : stages_) {
+      if (d.stage.kind == kFibers) choose_tiles(o_.precision, work_bytes_, &d.stage);
+      const int64_t scratch = int64_t{d.stage.scratch} * 4;  // columns: at least one warp at a time
+      if (scratch > work_bytes_)
+        throw std::invalid_argument("op " + std::to_string(d.stage.op) + ": its vector program does not fit " +
+                                    std::to_string(work_bytes_) + " bytes of shared memory");
+    }
+  }
+
+  void write_descriptor(Draft& d) {
     d.descriptor = static_cast<int32_t>(descriptors_.size() / 16);
     descriptors_.resize(descriptors_.size() + d.bytes);
     char* to = descriptors_.data() + descriptors_.size() - d.bytes;
     std::memcpy(to, &d.stage, sizeof(Stage));
-    if (!d.places.empty()) std::memcpy(to + places, d.places.data(), bytes_of(d.places));
-    if (!d.instrs.empty()) std::memcpy(to + code, d.instrs.data(), bytes_of(d.instrs));
-    if (!d.micros.empty()) std::memcpy(to + code, d.micros.data(), bytes_of(d.micros));
-    stages_.push_back(std::move(d));
+    if (!d.places.empty()) std::memcpy(to + d.stage.places, d.places.data(), bytes_of(d.places));
+    if (!d.instrs.empty()) std::memcpy(to + d.stage.code, d.instrs.data(), bytes_of(d.instrs));
+    if (!d.micros.empty()) std::memcpy(to + d.stage.code, d.micros.data(), bytes_of(d.micros));
   }
 
   void add_fibers(int32_t index, const std::vector<Tap>& taps, const Fibers& f) {
@@ -196,7 +215,6 @@ class Lowering {
     d.instrs = f.instrs;
     shape_linear(f, op.k, &s);
     pack_linear(p_, op, f, o_.precision, &s, &weights_, &consts_);
-    choose_tiles(o_.precision, work_bytes_, &s);
     std::set<int32_t> stores;
     for (const Instr& i : f.instrs)
       if (i.fn == kStore) stores.insert(i.b);
@@ -208,10 +226,6 @@ class Lowering {
     d.stage.ncode = static_cast<int32_t>(code.micros.size());
     d.stage.scratch = static_cast<int32_t>(round_up(code.scratch, 4));
     d.micros = code.micros;
-    const int64_t needed = int64_t{d.stage.scratch} * 4;  // at least one warp at a time
-    if (needed > work_bytes_)
-      throw std::invalid_argument("op " + std::to_string(index) + ": its vector program does not fit " +
-                                  std::to_string(o_.shared_bytes) + " bytes of shared memory");
     std::set<int32_t> stores;
     for (const Micro& m : code.micros)
       if (m.fn == kStore) stores.insert(m.b);
@@ -274,7 +288,8 @@ class Lowering {
     h.items = put(items_), h.descriptors = put(descriptors_), h.consts = put(consts_), h.weights = put(weights_);
     h.nitems = static_cast<int32_t>(items_.size());
     h.precision = o_.precision, h.warps = o_.warps;
-    h.shared_bytes = o_.shared_bytes, h.work_bytes = work_bytes_;
+    h.shared_bytes = o_.shared_bytes, h.descriptor_bytes = descriptor_bytes_;
+    h.work_at = kDescriptorsAt + 2 * descriptor_bytes_, h.work_bytes = work_bytes_;
     h.rows = p_.rows, h.cols = p_.cols, h.row_len = p_.row_len, h.period = p_.period;
     h.nstages = first_stage_[p_.nops];
     for (const Draft& d : stages_) h.ncolumn_stages += d.stage.kind == kColumns;
@@ -294,7 +309,7 @@ class Lowering {
 
   const Program& p_;
   const LowerOptions o_;
-  int32_t work_bytes_ = 0;
+  int32_t descriptor_bytes_ = 0, work_bytes_ = 0;
   std::vector<Buffer> buffers_;  // temporaries at the end
   std::vector<Draft> stages_;
   std::vector<int32_t> first_stage_;  // of each op; then of the draws

@@ -36,7 +36,7 @@ constexpr int32_t kTemp = 4;  // BufferKind beside those of plan.h: one vector p
 // Loads:  dst = channel c + (f - lo) * step of place a, imm0 where that is outside.
 // Stores: channel c + (f - lo) of place b = operand a.
 // Embed:  dst = consts[b + row * c + (f - lo) * step], row = (int)a clamped to [0, imm0).
-struct Instr {
+struct alignas(16) Instr {  // read as three vectors
   int32_t fn, lo, hi, step;
   int32_t dst, a, b, c;
   float imm0, imm1, imm2;
@@ -88,18 +88,19 @@ struct StageItem {
 };
 
 // Shared memory of a CTA: the header, the next items, two descriptors (at hand, and the next one on its way), and what
-// stages use. A descriptor that is larger than its place is read where it is.
+// stages use.
 constexpr int kItemsAhead = 2, kItemRing = 4;
-constexpr int kHeaderBytes = 768, kDescriptorBytes = 6 << 10;
+constexpr int kHeaderBytes = 768;
 constexpr int kItemsAt = kHeaderBytes, kDescriptorsAt = kItemsAt + kItemRing * static_cast<int>(sizeof(StageItem));
-constexpr int kFixedBytes = kDescriptorsAt + 2 * kDescriptorBytes;
 
 struct Header {
   int64_t bytes;
   int64_t items, descriptors, consts, weights;  // offsets of the tables in the block
   int32_t nitems;                       // of a period
   int32_t precision, warps;
-  int32_t shared_bytes, work_bytes;     // of a CTA; without the fixed part
+  int32_t shared_bytes;                 // of a CTA
+  int32_t descriptor_bytes;             // the largest
+  int32_t work_at, work_bytes;          // what stages use of shared memory
   int32_t rows, cols, row_len, period;
   int32_t nstages, ncolumn_stages;      // for people
   int32_t draw_floats;                  // of shared memory a drawing warp needs
@@ -139,7 +140,7 @@ struct Launch {
   uint64_t seed, first;
   int32_t teams;                        // team t has the slots [slots * t / teams, slots * (t + 1) / teams)
   const uint32_t* cancel;               // nonzero: stop after the step
-  uint32_t* stop;                       // [teams], zeroed
+  uint32_t* stop;                       // [teams], zeroed; the steps after which a cancelled team stops
   Control* control;                     // [teams], zeroed
   uint32_t* barrier;                    // [teams * kBarrierWords], zeroed; for teams that meet in memory
   Fault* fault;                         // zeroed

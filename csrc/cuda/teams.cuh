@@ -12,9 +12,9 @@
 
 namespace fastgen::team {
 
-FG_D uint32_t load_acquire(const uint32_t* p) {
+FG_D uint32_t load_relaxed(const uint32_t* p) {
   uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 
@@ -70,12 +70,12 @@ class DeviceTeam {
       goal_ += size_;
       asm volatile("red.release.gpu.global.add.u32 [%0],1;" ::"l"(counter) : "memory");
       const uint64_t start = nanoseconds();
-      while (lost == 0 && static_cast<int32_t>(load_acquire(counter) - goal_) < 0) {
-        if (peek(&a_.fault->code) != kNoFault)
-          lost = 1;
-        else if (nanoseconds() - start > a_.patience)
-          lost = report();
+      for (int look = 1; static_cast<int32_t>(load_relaxed(counter) - goal_) < 0; ++look) {
+        if (look % 64 != 0) continue;
+        lost = peek(&a_.fault->code) != kNoFault ? 1 : nanoseconds() - start > a_.patience ? report() : 0;
+        if (lost != 0) break;
       }
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
     return __syncthreads_or(lost) == 0;
   }

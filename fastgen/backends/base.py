@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +59,7 @@ class Executor(ABC):
     def slots(self, length: int | None) -> int:
         """How many samples to run at once."""
         return 16
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """What a thread enters to run beside the thread that calls this, while that goes on using the device."""
+        return nullcontext()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ def cuda_device(device: torch.device) -> tuple[torch.device, dict[str, Any]]:
 
 
 class CudaExecutor(TeamExecutor):
-    """float32 arithmetic, or bfloat16 or float16 products with float32 sums; runs on the caller's current stream.
+    """float32 arithmetic, or bfloat16 or float16 products with float32 sums; runs on the caller's current stream, and
+    waits for it: a callback must not give that stream work of its own.
 
     team: which rung of the ladder (clusters of 16 or 8 CTAs, teams that meet in memory, single CTAs); "auto" takes the
     first that the device can hold. `rung(slots)["text"]` says which.
@@ -53,7 +56,10 @@ class CudaExecutor(TeamExecutor):
         device, self.properties = cuda_device(device)
         self.team = team
         super().__init__(plan, harvester, dtype, device)
-        self.limits: dict[str, Any] = self._native.cuda_limits(device.index, self.precision, self.shared_bytes)
+        try:
+            self.limits: dict[str, Any] = self._native.cuda_limits(device.index, self.precision, self.shared_bytes)
+        except self._native.CudaError as error:
+            raise UnsupportedError(f"{device} ({self.properties['name']}): {error}") from error
         self.rung(1)
         self.lowered(None)
 
@@ -84,6 +90,12 @@ class CudaExecutor(TeamExecutor):
             raise FastgenError(f"{self.device}: one sample needs {each} bytes of state, and {free} are free")
         return min(MOST_SLOTS, fit)
 
+    def aside(self) -> AbstractContextManager[Any]:
+        """A stream that waits for what the caller's stream was given so far, and that the caller's does not wait for."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(stream)
+
     def _values(self, request: Request, *shape: int) -> Tensor:
         """In pinned memory where the caller follows the run: the kernel writes there itself, so that news need no copy,
         which on a full device might wait for the end."""
@@ -95,15 +107,14 @@ class CudaExecutor(TeamExecutor):
         native_ = self._native
         rung = self.rung(request.slots)
         teams = int(rung["teams"])
-        sizes = (native_.FAULT_BYTES, 8, 4 * teams + 4 * teams % 8, native_.BARRIER_BYTES * teams)
-        words = torch.zeros(sum(sizes), dtype=torch.uint8, device=self.device)
-        starts = [words.data_ptr() + sum(sizes[:k]) for k in range(len(sizes))]
+        sizes = {"barrier": native_.BARRIER_BYTES * teams, "fault": native_.FAULT_BYTES, "cancel": 8, "stop": 4 * teams}
+        words = torch.zeros(sum(sizes.values()), dtype=torch.uint8, device=self.device)
         control = torch.zeros(native_.CONTROL_BYTES * (teams + 1), dtype=torch.uint8, pin_memory=True)
-        launch |= dict(zip(("fault", "cancel", "stop", "barrier"), starts, strict=True), control=control.data_ptr())
+        addresses = itertools.accumulate(sizes.values(), initial=words.data_ptr())
+        launch |= dict(zip(sizes, addresses, strict=False), control=control.data_ptr())
         stream = torch.cuda.current_stream(self.device)
-        side = torch.cuda.Stream(self.device)
-        while side.cuda_stream == stream.cuda_stream:  # torch hands out streams in turn
-            side = torch.cuda.Stream(self.device)
+        # Of another priority than torch hands out otherwise: a stream that nobody waits on, of a pool of its own.
+        side = torch.cuda.Stream(self.device, priority=-1)
         news = _News(request, out, self.plan.spec.order is None, lowered)
         try:
             done = native_.run_on_device(

@@ -226,8 +226,8 @@ class _Packer:
         ntaps = len(self.taps) - tap0
         coder = Coder(space, instr, parity)
         rows_q, cols_q = q_grid(lead.grid, up, parity)
-        if lead.grid[0] == 1:  # at least one, also where a short sequence ends before this parity begins
-            cols_q = max(1, q_grid((1, self._grow_cols(lead.grid[1])), up, parity)[1])
+        if lead.grid[0] == 1:  # none where a short sequence ends before this parity begins
+            cols_q = q_grid((1, self._grow_cols(lead.grid[1])), up, parity)[1]
         self.ops.append((
             tap0, ntaps, acc, k, offset, bias, site_bias, partial, len(self.code), len(coder.code),
             max(coder.top, T.PANEL), *up, *parity, rows_q, cols_q, self.advance[(instr.index, parity)],
