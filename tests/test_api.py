@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import Cancelled, ModelChangedError, Sampler
-from fastgen.models import build
+from fastgen.models import GatedPixelCNN, build
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.oracle import (
@@ -491,3 +491,22 @@ def test_changed_weights_are_refused_until_refreshed() -> None:
             use()
     sampler.refresh()
     assert sampler.verify().ok and not torch.equal(sampler.sample(2), old)
+
+
+def test_conditioning_is_computed_once() -> None:
+    """What depends on labels alone is torch's to compute: once for each label, whatever the batch and the call."""
+    model = GatedPixelCNN(levels=7, dim=8, layers=2, classes=5, shape=(4, 4), hidden=8, first_kernel=3)
+    sampler = fastgen.compile(model, verify=False)
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+    labels = torch.tensor([3, 1, 3, 3])
+    drawn = sampler.sample(4, cond=(labels,))
+    assert forwards == [1, 1]
+    assert torch.equal(sampler.sample(4, cond=(labels,)), drawn) and forwards == [1, 1]
+    assert torch.equal(sampler.sample(1, cond=(labels[:1],)), drawn[:1]) and forwards == [1, 1]
+    with torch.no_grad():
+        model.layers[1].label.weight.mul_(3.0)  # type: ignore[union-attr, operator]
+    sampler.refresh()
+    forwards.clear()
+    sampler.sample(4, cond=(labels,))
+    assert forwards == [1, 1]

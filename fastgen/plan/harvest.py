@@ -2,12 +2,13 @@
 
 The plan names the places ("the k-th add of layer Y, argument 1"); a light dispatch mode finds them again, skips the
 work on sampled values, whose results are not looked at, and stops at the last one. One sample at a time, equal ones once:
-torch's batched kernels give other bytes at other batch sizes, and sample i must not.
+torch's batched kernels give other bytes at other batch sizes, and sample i must not. Small ones are remembered between
+calls.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from fastgen.spec import Spec
 
 COMPUTES = POINTWISE | frozenset([*COMPUTED, *LINEAR])  # what these make of sampled values is the plan's
 Point = tuple[str, str, int, int]
+Shapes = dict[tuple[str, str, int], Any]  # what a skipped operation gives, on the meta device; by layer, name and call
+REMEMBERED = 256  # samples' conditioning (labels come again), each of at most
+SMALL = 1 << 20  # numbers
+FORMS = 8  # shapes of conditioning that are remembered
 
 
 class _Done(Exception):
@@ -36,9 +41,9 @@ class _Done(Exception):
 class _Harvest(TorchDispatchMode):
     """Follows which storages hold sampled values and collects the arguments at the points."""
 
-    def __init__(self, path: ModulePath, points: list[Point], x: Tensor) -> None:
+    def __init__(self, path: ModulePath, points: list[Point], x: Tensor, shapes: Shapes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.path, self.calls = path, Counter[tuple[str, str]]()
+        self.path, self.calls, self.shapes = path, Counter[tuple[str, str]](), shapes
         self.wanted: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
         for k, (where, name, count, position) in enumerate(points):
             self.wanted.setdefault((where, name, count), []).append((k, position))
@@ -62,8 +67,10 @@ class _Harvest(TorchDispatchMode):
         if sampled and name.rstrip("_") in COMPUTES and func._schema.is_mutable:
             out: Any = args[0]
         elif sampled and name in COMPUTES:
-            shapes = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
-            out = tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, shapes)
+            made = (*key, self.calls[key])
+            if made not in self.shapes:
+                self.shapes[made] = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+            out = tree_map(_empty, self.shapes[made])
         else:
             out = func(*args, **kwargs)
         if sampled and name not in METADATA_OPS:
@@ -72,6 +79,10 @@ class _Harvest(TorchDispatchMode):
                     self.sampled.add(t.untyped_storage()._cdata)
                     self.keep.append(t)
         return out
+
+
+def _empty(t: Any) -> Any:
+    return torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
 
 
 def _meta(a: Any) -> Any:
@@ -83,32 +94,55 @@ class Harvester:
 
     def __init__(self, model: nn.Module, spec: Spec, graph: Graph) -> None:
         self.model, self.spec, self.graph = model, spec, graph
+        self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self._shapes: dict[Any, Shapes] = {}
 
     def sources(self, program: Program, request: Request) -> list[Tensor]:
         """One tensor [slots, rows, cols, C] float32 per Cond buffer."""
         if not program.cond:
             return []
         spec = self.spec if request.length is None else self.spec.at_length(request.length)
-        seen: dict[bytes, list[Tensor]] = {}
-        rows = []
+        rows: dict[bytes, list[Tensor]] = {}
+        keys = []
         for k in range(request.slots):
             one = tuple(c[k : k + 1] if isinstance(c, Tensor) and c.dim() else c for c in request.cond)
-            key = b"|".join(c.contiguous().numpy().tobytes() for c in one if isinstance(c, Tensor))
-            if key not in seen:
-                found = self._forward(spec, one)
-                seen[key] = [self._take(node, found[node.point], spec) for node in self._nodes(program)]
-            rows.append(seen[key])
-        return [torch.stack(parts).to(torch.float32).contiguous() for parts in zip(*rows, strict=True)]
+            tensors = [c.contiguous() for c in one if isinstance(c, Tensor)]
+            form = (spec.shape, *(tuple(c.shape) for c in tensors))
+            key = repr(form).encode() + b"|".join(c.numpy().tobytes() for c in tensors)
+            if key not in rows:
+                rows[key] = self._recall(key) or self._sample(program, spec, one, form)
+                self._remember(key, rows[key])
+            keys.append(key)
+        return [
+            torch.stack(parts).to(torch.float32).contiguous() for parts in zip(*(rows[k] for k in keys), strict=True)
+        ]
+
+    def _sample(self, program: Program, spec: Spec, one: tuple[Any, ...], form: Any) -> list[Tensor]:
+        """The arrays of one sample. form: what the shapes of a forward hang on."""
+        if form not in self._shapes and len(self._shapes) >= FORMS:
+            self._shapes.clear()
+        found = self._forward(spec, one, self._shapes.setdefault(form, {}))
+        return [self._take(node, found[node.point], spec) for node in self._nodes(program)]
+
+    def _recall(self, key: bytes) -> list[Tensor] | None:
+        return self._known.pop(key, None)
+
+    def _remember(self, key: bytes, arrays: list[Tensor]) -> None:
+        if sum(a.numel() for a in arrays) > SMALL:
+            return
+        self._known[key] = arrays
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
 
     def _nodes(self, program: Program) -> list[CondNode]:
         return [n for n in (self.graph.nodes[k] for k in program.cond) if isinstance(n, CondNode)]
 
-    def _forward(self, spec: Spec, cond: tuple[Any, ...]) -> dict[int, Tensor]:
+    def _forward(self, spec: Spec, cond: tuple[Any, ...], shapes: Shapes) -> dict[int, Tensor]:
         path = ModulePath(self.model)
         with eval_mode(self.model), path.watching():
             x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
             cond = tuple(plain(c) for c in cond)
-            mode = _Harvest(path, self.graph.points, x)
+            mode = _Harvest(path, self.graph.points, x, shapes)
             try:
                 with mode:
                     self.model(x, *cond)
