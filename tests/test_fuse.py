@@ -500,3 +500,20 @@ def test_a_fused_model_is_sampled() -> None:
     assert len(fuse_(model, image(2, 1, 6, 6)).swapped) == 2
     samples = [fastgen.compile(m, shape=(1, 6, 6), head=Bernoulli()).sample(4, seed=2) for m in (plain, model)]
     assert torch.equal(*samples)
+
+
+class CallsItselfMe(nn.Module):
+    """Whatever a method calls its first argument."""
+
+    def __init__(me) -> None:  # noqa: N805
+        super().__init__()
+        me.conv = nn.Conv2d(1, 8, (2, 3))
+
+    def forward(me, x: Tensor) -> Tensor:  # noqa: N805
+        a, b = me.conv(F.pad(x, (1, 1, 1, 0))).chunk(2, 1)
+        return torch.tanh(a) * torch.sigmoid(b)
+
+
+def test_a_module_that_does_not_say_self() -> None:
+    report = fuse_(CallsItselfMe(), torch.randn(2, 1, 5, 5))
+    assert len(report.swapped) == 1 and not report.left

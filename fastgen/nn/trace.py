@@ -160,7 +160,8 @@ class Values:
 
     def up_to(self, root: nn.Module, graph: fx.Graph, last: fx.Node | None = None) -> Any:
         """The value of a node; of the output without one."""
-        names = iter(self.inputs[name] for name in inspect.signature(type(root).forward).parameters if name != "self")
+        _, *parameters = inspect.signature(type(root).forward).parameters  # whatever its first is called
+        names = iter(self.inputs[name] for name in parameters)
         value = None
         with torch.no_grad():
             for node in graph.nodes:
