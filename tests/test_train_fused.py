@@ -138,7 +138,7 @@ def test_data_parallel_equals_one_process(tmp_path: Path) -> None:
     command += ["-m", "tests.ddp_steps", str(tmp_path / "two.pt")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "two.pt")
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
     for key, found in two.items():
         config = ddp_steps.IMAGES if key.startswith("pixelcnnpp") else ddp_steps.AUDIO
         one = ddp_steps.steps(config, key.endswith("True"), 0, 1)
