@@ -140,7 +140,7 @@ def test_unknown_precisions(precision: str, compiled: Compiled) -> None:
     tables = compiled(A_FEW[0]).plan.program().tables()
     tables["head"] = tables["head"].reshape(1)
     with pytest.raises(ValueError, match="precision"):
-        native().lower(tables, precision, 1 << 16, 8)
+        native().lower(tables, precision, 1 << 16)
 
 
 # ---- the ladder --------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ Precision precision_of(const std::string& name) {
 }
 
 // The block as an array, and what the caller must know to run it.
-py::tuple lower_tables(const py::dict& tables, const std::string& precision, int32_t shared_bytes, int32_t warps) {
+py::tuple lower_tables(const py::dict& tables, const std::string& precision, int32_t shared_bytes) {
   const HeldProgram held = read_program(tables);
-  const LowerOptions options{precision_of(precision), shared_bytes, warps};
+  const LowerOptions options{precision_of(precision), shared_bytes};
   std::vector<char> block;
   {
     py::gil_scoped_release release;
@@ -123,7 +123,7 @@ void bind(py::module_& m) {
   m.attr("CONTROL_BYTES") = static_cast<int>(sizeof(Control));
   m.attr("FAULT_BYTES") = static_cast<int>(sizeof(Fault));
   py::register_exception<Lost>(m, "LostPartner", PyExc_RuntimeError);
-  m.def("lower", &lower_tables, py::arg("tables"), py::arg("precision"), py::arg("shared_bytes"), py::arg("warps"),
+  m.def("lower", &lower_tables, py::arg("tables"), py::arg("precision"), py::arg("shared_bytes"),
         "-> (block [bytes] uint8, {arena, stages, column_stages, weight_bytes}); see csrc/cuda/lowered.h.");
   m.def("run_on_host", &run_host, py::arg("launch"), py::arg("ranks"), py::arg("warps"),
         "Runs a launch on teams of host threads; addresses are of host memory.");

@@ -19,7 +19,6 @@
 
 namespace fastgen::team {
 
-//
 // What stages are made of is brought to shared memory while the stage before is at work (a barrier empties the
 // first-level cache, so that every table read from afar would cost a trip to the second level).
 template <Precision P, class Team>

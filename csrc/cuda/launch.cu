@@ -187,16 +187,20 @@ int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progres
       error = std::current_exception();
       cancelled = true;
     }
-    // From pinned memory, so a copy engine does it: a memset may be a kernel, and wait for a multiprocessor.
-    if (cancelled)
-      check(cudaMemcpyAsync(const_cast<uint32_t*>(launch.cancel), &one->done, sizeof one->done, cudaMemcpyHostToDevice,
-                            side),
-            "cudaMemcpyAsync (cancel)");
+  };
+  // From pinned memory, so a copy engine does it: a memset may be a kernel, and wait for a multiprocessor. It is over
+  // before the copy of the fault behind it is.
+  const auto cancel = [&] {
+    check(cudaMemcpyAsync(const_cast<uint32_t*>(launch.cancel), &one->done, sizeof one->done, cudaMemcpyHostToDevice,
+                          side),
+          "cudaMemcpyAsync (cancel)");
   };
   cudaError_t state;
   auto nap = std::chrono::microseconds(5);
   while ((state = cudaEventQuery(end.get())) == cudaErrorNotReady) {
+    const bool before = cancelled;
     report();
+    if (cancelled && !before) cancel();
     std::this_thread::sleep_for(nap);
     nap = std::min(nap * 2, std::chrono::microseconds(200));
   }

@@ -20,7 +20,6 @@ class Lowering {
 
   std::vector<char> run() {
     validate(p_);
-    if (o_.warps < 1 || o_.warps > kMaxTasks) throw std::invalid_argument("warps is out of range");
     buffers_.assign(p_.buffers, p_.buffers + p_.nbuffers);
     consts_.assign(p_.consts, p_.consts + p_.nconsts);
     arena_ = round_up(p_.arena, 16);
@@ -42,9 +41,8 @@ class Lowering {
     for (int32_t i = 0; i < p_.step_ptr[p_.period]; ++i) f(p_.step_items[i]);
   }
 
-  // ---- ops to stages
-  // ------------------------------------------------------------------------------------------------- The place where
-  // an op's own sites lie in a buffer, from channel 0 on.
+  // ---- ops to stages ----
+  // The place where an op's own sites lie in a buffer, from channel 0 on.
   Tap own_site(const Op& op, int32_t buffer) const {
     const Buffer& b = p_.buffers[buffer];
     return {buffer, 0, b.channels, op.up_i, op.up_j, 1, 1, op.par_i, op.par_j, 0, b.rows, 0, b.cols};
@@ -241,10 +239,9 @@ class Lowering {
     add_stage(std::move(d), mine, {});
   }
 
-  // ---- schedule
-  // ------------------------------------------------------------------------------------------------------ Row items,
-  // step items and draws of a period in one list. A barrier stands before a stage that reads what was written, or
-  // writes what was read or written, since the last; and before every step, where all look whether to stop.
+  // ---- schedule ----
+  // Row items, step items and draws of a period in one list. A barrier stands before a stage that reads what was
+  // written, or writes what was read or written, since the last; and before every step, where all look whether to stop.
   void make_schedule() {
     for (int32_t t = 0; t < p_.period; ++t) {
       start_step_ = true;
@@ -274,8 +271,7 @@ class Lowering {
     return std::any_of(a.begin(), a.end(), [&](int32_t x) { return b.count(x) > 0; });
   }
 
-  // ---- the block
-  // -----------------------------------------------------------------------------------------------------
+  // ---- the block ----
   std::vector<char> assemble() {
     Header h = {};
     std::vector<char> block(kHeaderBytes);
@@ -287,7 +283,7 @@ class Lowering {
     };
     h.items = put(items_), h.descriptors = put(descriptors_), h.consts = put(consts_), h.weights = put(weights_);
     h.nitems = static_cast<int32_t>(items_.size());
-    h.precision = o_.precision, h.warps = o_.warps;
+    h.precision = o_.precision;
     h.shared_bytes = o_.shared_bytes, h.descriptor_bytes = descriptor_bytes_;
     h.work_at = kDescriptorsAt + 2 * descriptor_bytes_, h.work_bytes = work_bytes_;
     h.rows = p_.rows, h.cols = p_.cols, h.row_len = p_.row_len, h.period = p_.period;

@@ -10,7 +10,6 @@ namespace fastgen::team {
 struct LowerOptions {
   Precision precision = kFloat32;
   int32_t shared_bytes = 48 << 10;  // shared memory of a CTA
-  int32_t warps = 8;                // of a CTA, 1 to kMaxTasks
 };
 
 // The block. Validates the program. Throws std::invalid_argument where a table is wrong, or where an op needs more

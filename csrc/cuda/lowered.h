@@ -26,7 +26,6 @@ enum Precision : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 constexpr int kLanes = 32;
 constexpr int kTileRows = 16, kTileCols = 8, kTileDepth = 16;  // mma.m16n8k16
 constexpr int kMaxPoints = 1 << 11;  // places x columns of a block that pointers are kept of, if columns can be fewer
-constexpr int kMaxTasks = 16;                                  // warps of a CTA, at most
 constexpr int kDrawScratch = 160;                              // floats a drawing warp needs beside the parameters
 
 enum StageKind : int32_t { kFibers = 0, kColumns = 1, kDraw = 2 };
@@ -97,7 +96,7 @@ struct Header {
   int64_t bytes;
   int64_t items, descriptors, consts, weights;  // offsets of the tables in the block
   int32_t nitems;                       // of a period
-  int32_t precision, warps;
+  int32_t precision;
   int32_t shared_bytes;                 // of a CTA
   int32_t descriptor_bytes;             // the largest
   int32_t work_at, work_bytes;          // what stages use of shared memory

@@ -70,7 +70,7 @@ struct Shape {
 
 std::vector<float> run(const Program& p, Precision precision, const Shape& shape) {
   constexpr int kSlots = 3;
-  const std::vector<char> block = lower(p, {precision, 64 << 10, shape.warps});
+  const std::vector<char> block = lower(p, {precision, 64 << 10});
   const Header& h = *reinterpret_cast<const Header*>(block.data());
   std::vector<std::vector<float>> conds(num_conds(p));
   for (int32_t i = 0; i < p.nbuffers; ++i) {
@@ -94,7 +94,7 @@ std::vector<float> run(const Program& p, Precision precision, const Shape& shape
 }
 
 void compare(const std::string& name, const Program& p) {
-  for (const Precision precision : {kFloat32, kBfloat16}) {
+  for (const Precision precision : {kFloat32, kBfloat16, kFloat16}) {
     const std::vector<float> one = run(p, precision, {1, 1, 1});
     CHECK(std::none_of(one.begin(), one.end(), [](float x) { return x != x; }), "%s: NaN", name.c_str());
     for (const Shape& shape : {Shape{3, 1, 2}, Shape{4, 2, 1}}) {

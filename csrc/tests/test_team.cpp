@@ -62,7 +62,7 @@ Result naive(const Program& p, int64_t cond_floats, const Call& c) {
 
 Result on_team(const Program& p, int64_t cond_floats, const Call& c, const Shape& shape,
                Precision precision = kFloat32) {
-  const std::vector<char> block = lower(p, {precision, shape.shared_bytes, shape.warps});
+  const std::vector<char> block = lower(p, {precision, shape.shared_bytes});
   const Header& h = *reinterpret_cast<const Header*>(block.data());
   Result r = empty_result(p, c);
   const std::vector<float> cond = conditioning(cond_floats, c);
@@ -207,7 +207,7 @@ void half_floats() {
 void lost_partner() {
   RandomProgram program(3);
   const Program& p = program.program();
-  const std::vector<char> block = lower(p, {kFloat32, 48 << 10, 1});
+  const std::vector<char> block = lower(p, {kFloat32, 48 << 10});
   const Header& h = *reinterpret_cast<const Header*>(block.data());
   Result r = empty_result(p, {0, 2});
   const std::vector<float> cond = conditioning(program.cond_floats(), {0, 2});
@@ -229,7 +229,7 @@ void lost_partner() {
 void cancel() {
   RandomProgram program(1);
   const Program& p = program.program();
-  const std::vector<char> block = lower(p, {kFloat32, 48 << 10, 2});
+  const std::vector<char> block = lower(p, {kFloat32, 48 << 10});
   const Header& h = *reinterpret_cast<const Header*>(block.data());
   Result r = empty_result(p, {0, 2});
   const std::vector<float> cond = conditioning(program.cond_floats(), {0, 2});
@@ -250,7 +250,7 @@ void too_little_shared_memory() {
   RandomProgram program(1000, true);
   bool thrown = false;
   try {
-    lower(program.program(), {kFloat32, 2 << 10, 8});
+    lower(program.program(), {kFloat32, 2 << 10});
   } catch (const std::invalid_argument& error) {
     thrown = std::string(error.what()).find("shared memory") != std::string::npos;
   }

@@ -17,7 +17,6 @@ from fastgen.plan.build import Plan
 from fastgen.plan.harvest import Harvester
 
 TEAMS = ("auto", "cluster16", "cluster8", "grid", "cta")
-WARPS = 8  # of a CTA, as the kernel is compiled
 MOST_SLOTS = 8192
 MEMORY_SHARE = 0.8  # of what is free may go to the state of samples in flight
 
@@ -55,16 +54,13 @@ class CudaExecutor(TeamExecutor):
     ) -> None:
         device, self.properties = cuda_device(device)
         self.team = team
-        super().__init__(plan, harvester, dtype, device)
+        super().__init__(plan, harvester, dtype, device, int(self.properties["shared_bytes"]))
         try:
             self.limits: dict[str, Any] = self._native.cuda_limits(device.index, self.precision, self.shared_bytes)
         except self._native.CudaError as error:
             raise UnsupportedError(f"{device} ({self.properties['name']}): {error}") from error
         self.rung(1)
         self.lowered(None)
-
-    def _sizes(self) -> tuple[int, int]:
-        return int(self.properties["shared_bytes"]), WARPS
 
     def rung(self, slots: int) -> dict[str, Any]:
         """The teams that run so many samples: {kind, ctas, teams, text}."""
@@ -123,7 +119,7 @@ class CudaExecutor(TeamExecutor):
             )  # fmt: skip
         except (native_.CudaError, native_.LostPartner) as error:
             raise FastgenError(f"{self.device}: {error}") from error
-        if done < lowered.program.steps:
+        if done < lowered.program.steps or news.refused:
             raise Cancelled
 
 
@@ -133,6 +129,7 @@ class _News:
     def __init__(self, request: Request, out: Tensor, raster: bool, lowered: Lowered) -> None:
         self.request, self.out, self.raster = request, out, raster
         self.phases, self.sites = int(lowered.program.head["phases"]), 0
+        self.refused = False  # the caller said no, be it at the last step
 
     def __call__(self, steps: int) -> bool:
         if self.request.out is not None:
@@ -140,4 +137,5 @@ class _News:
             self.request.out[:, first:last] = self.out[:, first:last]
             self.sites = last
         assert self.request.progress is not None
-        return self.request.progress(steps) is not False
+        self.refused = self.request.progress(steps) is False
+        return not self.refused

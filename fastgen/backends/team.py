@@ -36,16 +36,14 @@ class Lowered:
 class TeamExecutor(Executor):
     """What both kinds share: lowering, the memory of a run, and the words that teams and host exchange."""
 
-    def __init__(self, plan: Plan, harvester: Harvester, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, harvester: Harvester, dtype: torch.dtype, device: torch.device, shared_bytes: int
+    ) -> None:
         self.plan, self.harvester, self.dtype, self.device = plan, harvester, dtype, device
+        self.shared_bytes = shared_bytes  # of a CTA
         self.precision = PRECISIONS[dtype]
         self._native = native()
         self._lowered: dict[int | None, Lowered] = {}
-        self.shared_bytes, self.warps = self._sizes()
-
-    @abstractmethod
-    def _sizes(self) -> tuple[int, int]:
-        """Shared memory and warps of a CTA."""
 
     @abstractmethod
     def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
@@ -59,7 +57,7 @@ class TeamExecutor(Executor):
             program = self.plan.program(length)
             tables = program.tables()
             tables["head"] = tables["head"].reshape(1)
-            block, info = self._native.lower(tables, self.precision, self.shared_bytes, self.warps)
+            block, info = self._native.lower(tables, self.precision, self.shared_bytes)
             self._lowered[length] = Lowered(
                 program, torch.from_numpy(block).to(self.device), info["arena"], info["stages"], info["column_stages"]
             )
@@ -110,11 +108,8 @@ class HostTeamExecutor(TeamExecutor):
         self, plan: Plan, harvester: Harvester, dtype: torch.dtype = torch.float32,
         ranks: int = 1, warps: int = 1, teams: int = 1, shared_bytes: int = 96 << 10,
     ) -> None:  # fmt: skip
-        self.ranks, self.teams, self._given = ranks, teams, (shared_bytes, warps)
-        super().__init__(plan, harvester, dtype, torch.device("cpu"))
-
-    def _sizes(self) -> tuple[int, int]:
-        return self._given
+        self.ranks, self.warps, self.teams = ranks, warps, teams
+        super().__init__(plan, harvester, dtype, torch.device("cpu"), shared_bytes)
 
     def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
         self._native.run_on_host({**launch, "teams": min(self.teams, request.slots)}, self.ranks, self.warps)
