@@ -158,7 +158,7 @@ def with_weights(sampler: Sampler, weights: dtype, threads: int) -> Sampler:
     assert isinstance(sampler.executor, CpuExecutor)
     other = copy.copy(sampler)
     other.dtype = weights
-    other.executor = CpuExecutor(sampler.plan, sampler.executor.harvester, weights, threads)
+    other.executor = CpuExecutor(sampler.programs, sampler.executor.conditioning, weights, threads)
     return other
 
 
@@ -166,5 +166,5 @@ def as_reference(sampler: Sampler) -> Sampler:
     """The same plan on the reference executor."""
     assert isinstance(sampler.executor, CpuExecutor)
     other = copy.copy(sampler)
-    other.executor = ReferenceExecutor(sampler.plan, sampler.executor.harvester)
+    other.executor = ReferenceExecutor(sampler.programs, sampler.executor.conditioning)
     return other

@@ -28,7 +28,7 @@ import torch
 
 import fastgen
 from bench import gpu_report, gpu_timings, machine
-from fastgen.backends.cpu import native
+from fastgen.native import native
 
 SEQUENCE_SITES = 1 << 15  # of the sequence that is cancelled on the way
 FULL_SITES = 1 << 13  # of one of which there are many
@@ -99,7 +99,7 @@ def cases(out: Path, seconds: float) -> int:
     from tests.cases import cases as every_case
 
     def make(s: Subject, dtype: torch.dtype, team: str) -> CudaExecutor:
-        return CudaExecutor(s.sampler.plan, s.harvester, dtype, torch.device("cuda"), team)
+        return CudaExecutor(s.sampler.programs, s.conditioning, dtype, torch.device("cuda"), team)
 
     torch.set_num_threads(1)  # many small operations
     end, failed = time.perf_counter() + seconds, False

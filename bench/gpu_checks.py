@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fastgen.api import Sampler
-from fastgen.backends.base import Executor, Request
+from fastgen.backends.base import Executor
+from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.reference import ReferenceExecutor
+from fastgen.backends.request import Request
 from fastgen.errors import Cancelled, FastgenError
-from fastgen.plan.harvest import Harvester
 from fastgen.verify import TOLERANCE, verify
 from tests.cases import Case
 from tests.oracle import compile_case
@@ -50,8 +51,8 @@ class Subject:
     params: Tensor  # [BATCH, steps, P]
 
     @property
-    def harvester(self) -> Harvester:
-        return Harvester(self.sampler.model, self.sampler.plan.spec, self.sampler.plan.graph)
+    def conditioning(self) -> Conditioning:
+        return self.sampler.conditioning
 
 
 Make = Callable[[Subject, torch.dtype, str], Executor]  # by dtype and rung, or "auto"
@@ -60,8 +61,8 @@ Make = Callable[[Subject, torch.dtype, str], Executor]  # by dtype and rung, or 
 def subject(case: Case) -> Subject:
     """Plans a case, and runs the reference executor on it."""
     sampler = compile_case(case)
-    harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
-    values, params = ReferenceExecutor(sampler.plan, harvester).run(request(case, BATCH))
+    conditioning = sampler.conditioning
+    values, params = ReferenceExecutor(sampler.programs, conditioning).run(request(case, BATCH))
     assert params is not None
     return Subject(case, sampler, values, params)
 

@@ -19,13 +19,13 @@ import fastgen
 from bench.configs import Case
 from bench.eager import EagerWaveNet
 from fastgen.api import Sampler
-from fastgen.backends.base import Request
+from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.cuda import CudaExecutor
+from fastgen.backends.request import Request
 from fastgen.errors import Cancelled, FastgenError
 from fastgen.models.wavenet import WaveNet
 from fastgen.nn.choice import use_kernels_
-from fastgen.plan.harvest import Harvester
-from fastgen.plan.table import Program
+from fastgen.program.records import Program
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]
@@ -60,17 +60,17 @@ def wait() -> None:
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
 class Harvested:
-    """A harvester that remembers what it found, on the device: the loop is timed without making the conditioning."""
+    """Conditioning that remembers what it found, on the device: the loop is timed without making the conditioning."""
 
-    def __init__(self, harvester: Harvester, device: torch.device) -> None:
-        self.harvester, self.device, self.seconds = harvester, device, 0.0
+    def __init__(self, conditioning: Conditioning, device: torch.device) -> None:
+        self.conditioning, self.device, self.seconds = conditioning, device, 0.0
         self.known: dict[tuple[int, int], list[Tensor]] = {}
 
     def sources(self, program: Program, request: Request) -> list[Tensor]:
         key = (id(program), request.slots)
         if key not in self.known:
             began = time.perf_counter()
-            self.known = {key: [c.to(self.device) for c in self.harvester.sources(program, request)]}
+            self.known = {key: [c.to(self.device) for c in self.conditioning.sources(program, request)]}
             self.seconds = time.perf_counter() - began
         return self.known[key]
 
@@ -87,14 +87,14 @@ def with_dtype(sampler: Sampler, dtype: torch.dtype) -> Sampler:
     assert isinstance(sampler.executor, CudaExecutor)
     executor = sampler.executor
     other.dtype = dtype
-    other.executor = CudaExecutor(sampler.plan, executor.harvester, dtype, executor.device, executor.team)
+    other.executor = CudaExecutor(sampler.programs, executor.conditioning, dtype, executor.device, executor.team)
     return other
 
 
 def time_sampler(case: Case, sampler: Sampler, batch: int, seconds: float) -> Row:
     """Whole runs, or, where one would take longer than `seconds`, its first part."""
     executor: Any = sampler.executor
-    harvester: Harvested = executor.harvester
+    harvested: Harvested = executor.conditioning
     cond, steps = conditioning(case, batch), case.spec.steps
     marks: list[tuple[int, float]] = [(0, time.perf_counter())]
 
@@ -114,12 +114,12 @@ def time_sampler(case: Case, sampler: Sampler, batch: int, seconds: float) -> Ro
     except Cancelled:
         (a, began), (b, ended) = marks[min(1, len(marks) - 2)], marks[-1]  # without the launch, if it can be told
         return {"step_seconds": [(ended - began) / (b - a)], "how": f"steps {a} to {b} of {steps}, extrapolated"}
-    first -= harvester.seconds
+    first -= harvested.seconds
     repeats = max(1, min(REPEATS, int(seconds / 2 / max(first, 1e-6))))
     row: Row = {"step_seconds": [whole(k + 1) / steps for k in range(repeats)], "how": "whole runs"}
     if case.cond(1):
         row["how"] += ", conditioning on the device before"
-        row["conditioning_seconds"] = harvester.seconds
+        row["conditioning_seconds"] = harvested.seconds
     return row
 
 
@@ -143,7 +143,7 @@ def ours(
         proof = verified(chosen)
         emit({"config": case.name, "proof": proof, "dtype": word(dtype), **plan})
         executor: Any = chosen.executor
-        executor.harvester = Harvested(executor.harvester, executor.device)
+        executor.conditioning = Harvested(executor.conditioning, executor.device)
         for batch in batches:
             row = {"config": case.name, "name": "fastgen", "dtype": word(dtype), "batch": batch}
             share = clock.share()
@@ -163,7 +163,7 @@ def ours(
                 if isinstance(executor, CudaExecutor):
                     row["rung"] = executor.rung(min(batch, executor.slots(None)))["text"]
             emit(row)
-        executor.harvester = executor.harvester.harvester
+        executor.conditioning = executor.conditioning.conditioning
 
 
 def compiled(case: Case) -> Sampler:

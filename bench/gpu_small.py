@@ -11,7 +11,6 @@ import torch
 
 from bench.gpu_checks import DTYPES, HELD_OFF, request
 from fastgen.backends.cuda import CudaExecutor
-from fastgen.plan.harvest import Harvester
 from tests.oracle import by_name, compile_case
 
 CASES = ("unet-pixelcnnpp", "wavenet-vocoder")
@@ -25,11 +24,11 @@ def main() -> int:
         return 2
     for case in by_name(*CASES):
         sampler = compile_case(case)
-        harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
+        conditioning = sampler.conditioning
         for name, dtype in DTYPES.items():
             for team in TEAMS:
                 try:
-                    executor = CudaExecutor(sampler.plan, harvester, dtype, torch.device("cuda"), team)
+                    executor = CudaExecutor(sampler.programs, conditioning, dtype, torch.device("cuda"), team)
                 except ValueError as error:
                     if HELD_OFF not in str(error):
                         raise

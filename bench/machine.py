@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastgen.backends.cpu import native
+from fastgen.native import native
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -96,11 +96,10 @@ def _verify(samplers: dict[str, Sampler]) -> dict[str, float]:
 
 def _stats(sampler: Sampler) -> dict[str, float]:
     """Work per step of one sample; nothing for a base revision whose plan does not count it."""
-    try:
-        from fastgen.plan.describe import plan_stats
-    except ImportError:
+    programs = getattr(sampler, "programs", None)
+    if programs is None:
         return {}
-    s = plan_stats(sampler.plan)
+    s = programs.stats()
     return {
         "macs_per_step": (s["row_macs"] + s["site_macs"]) / s["steps"],
         "weights_per_step": (s["row_weight_bytes"] + s["site_weight_bytes"]) / 4 / s["steps"],

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastgen import heads
-from fastgen.backends.cpu import native
-from fastgen.plan import table as T
+from fastgen.native import native
+from fastgen.program import records as T
 from fastgen.spec import Spec
 
 ISAS: list[str] = native().isas()
@@ -34,7 +34,7 @@ def linear_tables(k: int, outputs: int, sites: int, copies: int, repeats: int, h
     size = panels * T.PANEL * k
     weights = torch.from_numpy(made.standard_normal(copies * size, np.float32))
     consts = made.standard_normal(sites * k + panels * T.PANEL, np.float32)  # the inputs, then a bias
-    head = np.zeros(1, T.HEAD)
+    head = np.zeros(1, T.dtype_of(T.Head))
     head["kind"], head["channels"], head["phases"], head["n"], head["params"] = 2, 1, 1, 1, 1  # Bernoulli
     head["tap0"], head["enc"], head["table"], head["start"] = 1, 1, -1, -1
     head["tap_ptr"][0, 1:] = 1
@@ -49,16 +49,16 @@ def linear_tables(k: int, outputs: int, sites: int, copies: int, repeats: int, h
                 (k, 1, sites, 1, sites, T.CONST, 0),
                 (outputs, 1, sites, 1, sites, T.STATE, T.PANEL),
             ],
-            T.BUFFER,
+            T.dtype_of(T.Buffer),
         ),
         "taps": np.array(
-            [(1, 0, k, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites), (2, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites)], T.TAP
+            [(1, 0, k, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites), (2, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites)], T.dtype_of(T.Tap)
         ),
-        "code": np.array([(T.FN["store"], 0, 0, 2, 0, outputs, 0, 0, 0)], T.MICRO),
-        "ops": np.array(ops, T.OP),
-        "row_items": np.array([(r % copies, 0, sites, 1) for r in range(repeats)], T.ITEM),
+        "code": np.array([(T.FN["store"], 0, 0, 2, 0, outputs, 0, 0, 0)], T.dtype_of(T.Micro)),
+        "ops": np.array(ops, T.dtype_of(T.Op)),
+        "row_items": np.array([(r % copies, 0, sites, 1) for r in range(repeats)], T.dtype_of(T.Item)),
         "row_ptr": np.array([0, repeats], np.int32),
-        "step_items": np.zeros(0, T.ITEM),
+        "step_items": np.zeros(0, T.dtype_of(T.Item)),
         "step_ptr": np.zeros(2, np.int32),
         "step_site": np.zeros(1, np.int32),
         "weights": weights.bfloat16().view(torch.int16).numpy().view(np.uint16) if half else weights.numpy(),
@@ -144,7 +144,7 @@ def test_draw(benchmark: Any, head: heads.Head, shape: tuple[int, ...]) -> None:
     """1024 draws from given parameters and uniforms."""
     benchmark.group = "draw"
     spec = Spec(shape, head)
-    record = np.zeros(1, T.HEAD)
+    record = np.zeros(1, T.dtype_of(T.Head))
     for name, value in spec.native_head().items():
         if name not in ("table", "start"):
             record[name] = value

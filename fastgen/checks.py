@@ -57,3 +57,31 @@ def _check_known(spec: Spec, kept: Tensor) -> None:
         raise ValueError("given holds NaN or infinity where mask says that it is known")
     if spec.head.discrete and bool(((kept < 0) | (kept >= spec.head.n) | (kept != kept.round())).any()):
         raise ValueError(f"given holds values that are no class indices from 0 to {spec.head.n - 1}")
+
+
+def conditioning_of(example: tuple[Any, ...], cond: tuple[Any, ...] | None, n: int, sequence: bool) -> tuple[Any, ...]:
+    """Conditioning at batch n, checked against the example of compile; None is the example itself.
+
+    The last axis of a sequence's conditioning may have another length. Raises ShapeError, ValueError.
+    """
+    cond = example if cond is None else tuple(cond) if isinstance(cond, tuple | list) else (cond,)
+    if len(cond) != len(example):
+        raise ShapeError(f"cond has {len(cond)} inputs; forward was compiled with {len(example)}")
+    out = []
+    for k, (c, e) in enumerate(zip(cond, example, strict=True)):
+        if not isinstance(e, Tensor):
+            if c is not e and c != e:
+                raise ValueError(f"cond[{k}] is {c!r}; it was bound to {e!r} at compile time")
+            out.append(e)
+            continue
+        if not isinstance(c, Tensor) or c.dtype != e.dtype or c.dim() != e.dim():
+            given = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
+            raise ShapeError(f"cond[{k}] is {given}; expected {e.dtype} [{n}, {', '.join(map(str, e.shape[1:]))}]")
+        c = c.cpu()
+        fixed = list(range(1, e.dim() - 1 if sequence else e.dim()))
+        if e.dim() and (c.shape[0] not in (1, n) or any(c.shape[a] != e.shape[a] for a in fixed)):
+            raise ShapeError(
+                f"cond[{k}] has shape {tuple(c.shape)}; expected [{n}, {', '.join(map(str, e.shape[1:]))}]"
+            )
+        out.append(c.expand(n, *c.shape[1:]) if e.dim() else c)
+    return tuple(out)

@@ -23,9 +23,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fastgen import media
 from fastgen.errors import OutputError
-from fastgen.heads import Head
-from fastgen.heads.categorical import encoding_table
 from fastgen.spec import Spec
 
 IMAGE_FORMATS = (".png", ".npy", ".safetensors")
@@ -156,9 +155,9 @@ def write_samples(
     """
     ending = check_format(path, spec)
     if ending == ".png":
-        write_png_grid(to_pixels(samples, spec), path, columns, upscale)
+        write_png_grid(media.to_pixels(samples, spec), path, columns, upscale)
     elif ending == ".wav":
-        write_wav(to_audio(samples, spec), path, rate)
+        write_wav(media.to_audio(samples, spec), path, rate)
     elif ending == ".npy":
         write_atomically(path, lambda file: np.save(file, samples.numpy()))
     else:
@@ -212,23 +211,15 @@ def _read(path: str | Path, spec: Spec, rate: int) -> Tensor:
     if ending not in allowed:
         raise ValueError(f"given file {path}: expected one of {', '.join(allowed)}")
     if ending == ".png":
-        return from_pixels(_read_png(path, spec), spec)
+        return media.from_pixels(_read_png(path, spec), spec)
     if ending == ".wav":
-        return from_audio(read_wav(path, rate), spec)
+        return media.from_audio(read_wav(path, rate), spec)
     x = _read_tensor(path, ending)
     like = spec.result(torch.zeros(1, math.prod(spec.grid), spec.channels))
     x = x[None] if x.dim() == like.dim() - 1 else x
     if x.dim() != like.dim() or not x.numel():
         raise ValueError(f"{path}: shape {list(x.shape)}; expected [m, {', '.join(map(str, like.shape[1:]))}]")
-    return _as_long_as(x, spec).values(x)
-
-
-def _as_long_as(samples: Tensor, spec: Spec) -> Spec:
-    """The specification with the length that samples [n, ...] of a sequence have."""
-    if not spec.sequence:
-        return spec
-    axis = spec.layout.index("T") + 1 if samples.dim() == len(spec.layout) + 1 else -1
-    return spec.at_length(samples.shape[axis])
+    return spec.as_long_as(x).values(x)
 
 
 def _read_tensor(path: str | Path, ending: str) -> Tensor:
@@ -270,57 +261,3 @@ def read_wav(path: str | Path, rate: int) -> Tensor:
         raise ValueError(f"{path}: {8 * width}-bit at {given} Hz; expected 16-bit at {rate} Hz")
     pcm = np.frombuffer(frames[: len(frames) // (2 * channels) * (2 * channels)], "<i2")
     return torch.from_numpy((pcm.reshape(-1, channels).mean(1) / _PCM).clip(-1, 1).astype(np.float32))
-
-
-# ---- values and what is seen or heard ----------------------------------------------------------------------
-def _ends(head: Head) -> tuple[float, float]:
-    """The values shown as black and as white."""
-    if head.indices or head.discrete:
-        return 0.0, head.n - 1.0
-    low, high = head.clip or (-1.0, 1.0)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (-1.0, 1.0)
-
-
-def to_pixels(samples: Tensor, spec: Spec) -> Tensor:
-    """What sample() returns for images, [n, ...], as uint8 [n, C, H, W], spread over 0 to 255."""
-    low, high = _ends(spec.head)
-    values = spec.values(samples).double()
-    pixels = ((values - low) / (high - low) * 255.0).round().clamp(0, 255).to(torch.uint8)
-    return pixels.transpose(1, 2).reshape(len(samples), spec.channels, *spec.grid)
-
-
-def from_pixels(pixels: Tensor, spec: Spec) -> Tensor:
-    """An image, uint8 [C, H, W], as values [1, H*W, C]: the level nearest to each pixel."""
-    low, high = _ends(spec.head)
-    unit = pixels.reshape(1, spec.channels, -1).transpose(1, 2).double() / 255.0
-    levels = spec.head.n if spec.head.indices or spec.head.discrete else spec.head.grid_levels
-    if levels:
-        unit = (unit * (levels - 1)).round() / (levels - 1)
-    return (low + unit * (high - low)).float()
-
-
-def _amplitudes(head: Head) -> Tensor | None:
-    """Amplitude of every class [n], None where values are amplitudes. Without a code of its own: mu-law."""
-    if not head.indices:
-        return None
-    table = head.table if head.table is not None and head.enc == 1 else encoding_table(head.n, "mulaw")
-    assert table is not None
-    return table[:, 0]
-
-
-def to_audio(samples: Tensor, spec: Spec) -> Tensor:
-    """What sample() returns for audio, [n, ...], as amplitudes float32 [n, T]. ValueError if not mono."""
-    if spec.channels != 1:
-        raise ValueError(f"samples {spec.shape} have {spec.channels} values at a time; expected one (mono)")
-    values = _as_long_as(samples, spec).values(samples)[:, :, 0]
-    table = _amplitudes(spec.head)
-    return values if table is None else table[values.long()]
-
-
-def from_audio(signal: Tensor, spec: Spec) -> Tensor:
-    """Amplitudes float [T] as values [1, T, 1]: the nearest class where values are classes."""
-    table = _amplitudes(spec.head)
-    if table is None:
-        return signal.reshape(1, -1, 1)
-    edges = (table[1:] + table[:-1]) / 2
-    return torch.bucketize(signal.contiguous(), edges.contiguous()).float().reshape(1, -1, 1)

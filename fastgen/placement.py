@@ -7,31 +7,23 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastgen.backends.cuda import cuda_device
+from fastgen.backends.registry import AUTO, BACKENDS, EXECUTORS
 from fastgen.errors import UnsupportedError
-
-BACKENDS = ("auto", "cpu", "cuda", "reference", "naive")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Of its first parameter; the CPU for a module without."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+from fastgen.forward import device_of
 
 
 def placed(model: nn.Module, device: str | torch.device | None, backend: str) -> tuple[torch.device, str]:
     """Where to sample, and the executor that `auto` stands for there. Raises ValueError, UnsupportedError."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    at = torch.device(device) if device is not None else torch.device("cuda") if backend == "cuda" else None
-    if at is None:
-        at = device_of(model) if backend == "auto" else torch.device("cpu")
-    if at.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device='{at}': there are executors for cpu and cuda")
-    if backend == "auto":
-        backend = at.type
-    if (at.type == "cuda") != (backend == "cuda"):
+    kind = None if backend == "auto" else EXECUTORS[backend].device_type
+    at = torch.device(device) if device is not None else device_of(model) if kind is None else torch.device(kind)
+    if at.type not in AUTO:
+        raise UnsupportedError(f"device='{at}': there are executors for {' and '.join(AUTO)}")
+    if kind not in (None, at.type):
         raise ValueError(f"backend={backend!r} does not run on device='{at}'; leave one of them out")
-    return (cuda_device(at)[0] if backend == "cuda" else at), backend
+    backend = AUTO[at.type] if backend == "auto" else backend
+    return EXECUTORS[backend].place(at), backend
 
 
 def on_cpu(model: nn.Module) -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from fastgen.errors import ShapeError
 from fastgen.heads import Head
-from fastgen.plan import fit
-from fastgen.plan.ir import Pair
+from fastgen.steps import Steps, make_steps, step_table
 
-LAYOUTS = ("CHW", "HWC", "HW", "CT", "TC", "T")
+LAYOUTS = ("CHW", "HWC", "HW", "CT", "TC", "T", "D")
 DEFAULT_LAYOUT = {1: "T", 2: "CT", 3: "CHW"}
 
 
@@ -22,9 +22,10 @@ DEFAULT_LAYOUT = {1: "T", 2: "CT", 3: "CHW"}
 class Spec:
     """A sample of `shape` (without batch) drawn by `head`.
 
-    layout: names of the axes, one of CHW, HW, CT, T. predicts: "same" (the output at a site is for that site) or "next"
-    (forward is fed the sample delayed by one with `start` in front). order: None (raster, channels in turn) or an int
-    tensor with the step of every site [H, W], or of every value [C, H, W].
+    layout: names of the axes, one of LAYOUTS; D is a vector whose values share one site, as any of them may need any
+    other (MADE). predicts: "same" (the output at a site is for that site) or "next" (forward is fed the sample delayed by
+    one with `start` in front). order: None (raster, channels in turn) or an int tensor with the step of every site
+    [H, W], or of every value [C, H, W] ([D] for a vector).
     """
 
     shape: tuple[int, ...]
@@ -33,7 +34,6 @@ class Spec:
     predicts: str = "same"
     start: float | None = None
     order: Tensor | None = field(default=None, compare=False)
-    vector: bool = False  # a (D,) sample planned as one site of D values (MADE), not as D sites
 
     def __post_init__(self) -> None:
         layout = self.layout or DEFAULT_LAYOUT.get(len(self.shape), "")
@@ -63,16 +63,21 @@ class Spec:
     @property
     def sequence(self) -> bool:
         """1-D data: any length can be sampled."""
-        return "T" in self.layout and not self.vector
+        return "T" in self.layout
+
+    @property
+    def vector(self) -> bool:
+        """One site that holds all values."""
+        return self.layout == "D"
 
     @property
     def sites(self) -> tuple[int, ...]:
-        """Size of the sites' axes: (H, W) or (T,)."""
+        """Size of the axes other than C: (H, W), (T,) or (D,)."""
         return tuple(s for a, s in zip(self.layout, self.shape, strict=True) if a != "C")
 
     @property
-    def grid(self) -> Pair:
-        """Sites as rows and columns; a sequence is one row."""
+    def grid(self) -> tuple[int, int]:
+        """Sites as rows and columns; a sequence is one row, a vector one site."""
         if self.vector:
             return (1, 1)
         return (1, self.sites[0]) if self.sequence else (self.sites[0], self.sites[1])
@@ -90,6 +95,11 @@ class Spec:
         return self.input_channels // self.head.enc
 
     @property
+    def values_per_site(self) -> int:
+        """Values that forward's output has parameters of at each of `sites`."""
+        return 1 if self.vector else self.channels
+
+    @property
     def phases(self) -> int:
         """Steps per site."""
         return 1 if self.head.at_once else self.channels
@@ -104,29 +114,22 @@ class Spec:
         shape = tuple(length if a == "T" else s for a, s in zip(self.layout, self.shape, strict=True))
         return Spec(shape, self.head, self.layout, self.predicts, self.start)
 
-    def step_table(self) -> Tensor:
-        """Step of every draw: int64 [phases, H, W]."""
-        h, w = self.grid
-        if self.order is None:
-            site = torch.arange(h * w).view(1, h, w)
-            return site * self.phases + torch.arange(self.phases).view(-1, 1, 1)
-        order = self.order.long().cpu()
-        given = tuple(order.shape)
-        order = order.reshape(-1, h, w) if order.numel() % (h * w) == 0 and order.numel() else order
-        if order.dim() != 3 or order.shape[0] not in (1, self.phases):
-            raise ShapeError(f"order has shape {given}; expected the step of every site {self.sites} or of every value")
-        if order.shape[0] != self.phases:
-            order = order * self.phases + torch.arange(self.phases).view(-1, 1, 1)
-        if not torch.equal(order.reshape(-1).sort()[0], torch.arange(order.numel())):
-            raise ShapeError("order must hold every step 0, 1, 2, ... once")
-        return order
+    def as_long_as(self, samples: Tensor) -> Spec:
+        """The same with the length that samples [n, ...] of a sequence have."""
+        if not self.sequence or samples.dim() < 2:
+            return self
+        axis = self.layout.index("T") + 1 if samples.dim() == len(self.layout) + 1 else -1
+        return self.at_length(samples.shape[axis])
 
-    def step_site(self) -> Tensor:
-        """Site (i * W + j) of every step."""
-        table = self.step_table()
-        h, w = self.grid
-        flat = torch.arange(h * w).expand(self.phases, h * w).reshape(-1)
-        return flat[torch.argsort(table.reshape(-1))]
+    def as_vector(self) -> Spec:
+        """The same values, planned as one site."""
+        return replace(self, layout="D")
+
+    @cached_property
+    def timeline(self) -> Steps:
+        """Which value is drawn when. Raises ShapeError where `order` does not fit."""
+        table = step_table(self.order, self.phases, self.grid, self.sites)
+        return make_steps(table, self.predicts == "next", self.channels, self.head.enc)
 
     # ---- the sampled tensor --------------------------------------------------------------------------------------
     @property
@@ -141,9 +144,9 @@ class Spec:
         if self.predicts == "next":
             first = self.start_vector().to(x).expand(b, 1, -1)
             x = torch.cat([first, x[:, :-1]], 1)
-        return self._laid_out(x.transpose(1, 2)).to(self.dtype)
+        return self.laid_out(x.transpose(1, 2)).to(self.dtype)
 
-    def _laid_out(self, x: Tensor) -> Tensor:
+    def laid_out(self, x: Tensor) -> Tensor:
         """[B, C, sites...] (sites flat or not) -> [B, *axes of the layout]; C is dropped where the layout has none."""
         if "C" not in self.layout:
             return x.reshape(x.shape[0], *self.sites)
@@ -163,7 +166,7 @@ class Spec:
             values = values.to(torch.int64)
             if self.head.enc > 1 and self.channels == 1:
                 return values.reshape(n, *self.sites)
-        return self._laid_out(values.transpose(1, 2))
+        return self.laid_out(values.transpose(1, 2))
 
     def values(self, x: Tensor) -> Tensor:
         """The inverse of result: [n, H*W, C] float32. Raises ShapeError when x is not what sample() returns."""
@@ -177,29 +180,10 @@ class Spec:
 
     def parameters(self, out: Tensor) -> Tensor:
         """Forward's output [B, ...] -> parameters [B, H, W, phases, P]."""
-        arranged = self.head.arrange(out, 1 if self.vector else self.channels, self.sites)
+        arranged = self.head.arrange(out, self.values_per_site, self.sites)
         if self.vector:
             return arranged.reshape(out.shape[0], 1, 1, self.channels, -1)
         return arranged.unsqueeze(1) if self.sequence else arranged
-
-    def input_ids(self, node: int) -> tuple[Tensor, int, Pair]:
-        """Ids of forward's input at batch 1, its channels and grid."""
-        i, j = fit.sites(*self.grid)
-        ids = fit.pack(node, torch.arange(self.input_channels)[:, None], i[None], j[None])
-        return (
-            self._laid_out(ids[None]) if not self.vector else ids.reshape(1, -1),
-            self.input_channels,
-            self.grid,
-        )
-
-    def input_times(self) -> Tensor:
-        """Times (half steps) at which forward's input is known: [Cx, H, W]; see plan/ready.py."""
-        known = 2 * self.step_table() + 2
-        if self.predicts == "next":
-            flat = known.amax(0).reshape(-1)
-            known = torch.cat([torch.zeros(1, dtype=flat.dtype), flat[:-1]]).view(1, *self.grid)
-        per_value = known.expand(self.channels, *self.grid) if known.shape[0] == 1 else known
-        return per_value.repeat_interleave(self.head.enc, 0)
 
     def example_values(self, n: int) -> Tensor:
         """Some values [n, H*W, C], different for every sample."""
@@ -213,7 +197,7 @@ class Spec:
         """The Head record's fields (csrc/plan.h)."""
         head = self.head
         low, high = head.clip or (-math.inf, math.inf)
-        params = head.num_params(1 if self.vector else self.channels)
+        params = head.num_params(self.values_per_site)
         return {
             "kind": head.kind, "channels": self.channels, "phases": self.phases, "n": head.n, "levels": head.grid_levels,
             "params": params, "enc": head.enc, "delay": int(self.predicts == "next"),

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Cancelled, Executor, Request
+from fastgen.backends.base import Executor
+from fastgen.backends.request import Request
+from fastgen.errors import Cancelled
 from fastgen.spec import Spec
 
 
@@ -41,7 +43,7 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
     try:
         unit = spec.grid[1] if not spec.sequence else 1
         # Steps after which the first 1, 2, ... units are complete, in whatever order the sites are drawn.
-        ends = spec.step_table().amax(0).reshape(-1, unit).amax(1).cummax(0)[0] + 1
+        ends = spec.timeline.table.amax(0).reshape(-1, unit).amax(1).cummax(0)[0] + 1
         done = 0
         while done < spec.grid[0] * spec.grid[1]:
             item = news.get()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import rng
-from fastgen.backends.base import Executor, Request
-from fastgen.plan.capture import eval_mode, first_tensor, plain
+from fastgen.backends.base import Executor
+from fastgen.backends.request import Request
+from fastgen.forward import device_of, eval_mode, first_tensor, plain
 from fastgen.spec import Spec
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
@@ -45,12 +46,12 @@ class VerifyReport:
 
 def forward_parameters(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...]) -> Tensor:
     """Parameters [n, steps, P] of one teacher-forced forward on values [n, H*W, C]."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with eval_mode(model):
         x, *inputs = (_at(device, plain(t)) for t in (spec.encode(plain(values)), *cond))
         out = spec.parameters(first_tensor(model(x, *inputs))).cpu()
     steps = out.permute(0, 3, 1, 2, 4).reshape(out.shape[0], spec.steps, out.shape[-1])
-    return steps[:, torch.argsort(spec.step_table().reshape(-1))].float()
+    return steps[:, torch.argsort(spec.timeline.table.reshape(-1))].float()
 
 
 def _at(device: torch.device, t: Any) -> Any:
@@ -60,9 +61,9 @@ def _at(device: torch.device, t: Any) -> Any:
 def by_step(spec: Spec, values: Tensor) -> Tensor:
     """Values [n, H*W, C] in the order they are drawn: [n, steps, V]."""
     if spec.head.at_once:
-        return values[:, spec.step_site()]
+        return values[:, spec.timeline.site]
     flat = values.transpose(1, 2).reshape(values.shape[0], -1)
-    return flat[:, torch.argsort(spec.step_table().reshape(-1))].unsqueeze(-1)
+    return flat[:, torch.argsort(spec.timeline.table.reshape(-1))].unsqueeze(-1)
 
 
 def verify(model: nn.Module, spec: Spec, executor: Executor, request: Request, dtype: torch.dtype) -> VerifyReport:

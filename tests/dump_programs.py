@@ -27,7 +27,7 @@ def dump(folder: Path) -> int:
     for old in folder.glob("*.program"):
         old.unlink()
     for case in cases():
-        tables = compile_case(case).plan.program().tables()
+        tables = compile_case(case).programs().tables()
         parts = [np.array([tables[name] for name in NUMBERS], dtype=np.int64).tobytes()]
         for name in TABLES:
             data = np.ascontiguousarray(tables[name]).tobytes()

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgen.backends.base import Request
-from fastgen.backends.cpu import native
+from fastgen.backends.request import Request
+from fastgen.native import native
 from tests.oracle import by_name, compile_case
 
 TABLES = ("buffers", "taps", "code", "ops", "row_items", "step_items", "head", "row_ptr", "step_ptr", "step_site")
@@ -109,10 +109,10 @@ def main(name: str, seed: int = 0, count: int = 300) -> None:
     torch.set_num_threads(1)
     (case,) = by_name(name)
     sampler = compile_case(case)
-    program = sampler.plan.program(None)
+    program = sampler.programs(None)
     tables = program.tables()
     tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
-    cond = [c.numpy() for c in sampler.executor.harvester.sources(program, Request(2, 0, cond=case.conds(2)))]  # type: ignore[attr-defined]
+    cond = [c.numpy() for c in sampler.executor.conditioning.sources(program, Request(2, 0, cond=case.conds(2)))]  # type: ignore[attr-defined]
     rng = np.random.default_rng(seed)
     refused = ran = 0
     for k in range(count):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import Sampler, rng
-from fastgen.backends.base import Executor, Request
+from fastgen.backends.base import Executor
+from fastgen.backends.request import Request
 from tests.cases import Case, cases
 
 
@@ -122,6 +123,19 @@ def assert_same_samples(case: Case, ours: Tensor, slow: Tensor, params: Tensor, 
         theta = params[i, t]
         near = case.head.near_tie(theta, theta + 1e-5 * max(1.0, float(theta.abs().max())), u[i, t], a[i, t])
         assert bool(near), f"{case}: sample {i} differs from step {t}: {a[i, t].tolist()}, slow loop {b[i, t].tolist()}"
+
+
+def assert_draws_follow(case: Case, values: Tensor, truth: Tensor, u: Tensor) -> None:
+    """Values [n, *sites, C] are what teacher-forced parameters [n, steps, P] and noise [n, steps, U] give, or lie within
+    what an error of 1e-5 of the parameters' scale explains."""
+    drawn, again = values.reshape(*truth.shape[:2], -1), case.head.draw(truth, u)
+    differ = (drawn != again).any(-1)
+    theta = truth[differ]
+    error = 1e-5 * theta.abs().amax(-1, keepdim=True).clamp(min=1.0)
+    explained = case.head.near_tie(theta, theta + error, u[differ], drawn[differ])
+    assert bool(explained.all()), f"{case}: {int((~explained).sum())} of {differ.numel()} draws do not follow forward"
+    if case.head.discrete or case.head.grid_levels:
+        assert int(differ.sum()) <= max(1, differ.numel() // 100), f"{case}: {int(differ.sum())} near ties"
 
 
 def flat(sampler: Sampler, values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ PLANNED, LONGER = 96, 301
 
 def packed(sampler: Sampler, length: int | None, dtype: torch.dtype) -> Any:
     """The program of a sampler."""
-    return sampler.plan.program(length, dtype)
+    return (getattr(sampler, "programs", None) or sampler.plan.program)(length, dtype)
 
 
 def programs(case: Case) -> Iterator[tuple[str, Any]]:

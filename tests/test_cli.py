@@ -19,7 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 import fastgen
-from fastgen import cli, pretrained
+from fastgen import pretrained
+from fastgen.cli import commands
+from fastgen.cli.main import main
+from fastgen.cli.models import rate_of
 from fastgen.models import CONFIGS, build
 from fastgen.train import RECIPES
 
@@ -54,7 +57,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*args: object) -> int:
-    return cli.main([str(a) for a in args])
+    return main([str(a) for a in args])
 
 
 def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -137,8 +140,8 @@ def test_conditioning_of_another_length(saved: Path, capsys: pytest.CaptureFixtu
 def test_rate_of_a_recipe() -> None:
     recipe = RECIPES["speech-wavenet-small"]
     assert isinstance(recipe.model, str)
-    assert cli._rate(build(recipe.model)) == recipe.rate
-    assert cli._rate(build(SOUND)) == 16000
+    assert rate_of(build(recipe.model)) == recipe.rate
+    assert rate_of(build(SOUND)) == 16000
 
 
 def test_default_model_is_a_shipped_image_model(
@@ -325,7 +328,7 @@ def test_train(
 def test_bench_runs_the_checkouts_script(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "__file__", str(here / "fastgen" / "cli.py"))
+    monkeypatch.setattr(commands, "CHECKOUT", here)
     assert run("bench", "--anything") == 2
     assert "run bench/run.py of a checkout" in capsys.readouterr().err
     (here / "bench").mkdir()

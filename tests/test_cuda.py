@@ -19,11 +19,9 @@ from torch import Tensor
 import fastgen
 from fastgen import Sampler
 from fastgen.backends import cuda, team
-from fastgen.backends.base import Cancelled
-from fastgen.backends.cpu import native
-from fastgen.errors import FastgenError, UnsupportedError
+from fastgen.errors import Cancelled, FastgenError, UnsupportedError
+from fastgen.native import native
 from fastgen.placement import copy_to_cpu, on_cpu
-from fastgen.plan.harvest import Harvester
 from tests.cases import Case
 from tests.conftest import Compiled
 from tests.oracle import at_length, by_name
@@ -118,10 +116,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 def on_stand_in(sampler: Sampler, wanted: str = "auto") -> cuda.CudaExecutor:
     """The CUDA executor with its tensors in host memory."""
-    harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
+    conditioning = sampler.conditioning
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "cuda_device", lambda device: (torch.device("cpu"), H200))
-        return cuda.CudaExecutor(sampler.plan, harvester, torch.float32, torch.device("cuda"), wanted)
+        return cuda.CudaExecutor(sampler.programs, conditioning, torch.float32, torch.device("cuda"), wanted)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgen import files
+from fastgen import files, media
 from fastgen.errors import OutputError
 from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, LogisticMixture
 from fastgen.spec import Spec
@@ -159,7 +159,7 @@ def test_audio_survives_a_wav(tmp_path: Path, name: str) -> None:
 
 def test_one_hot_classes_sound_as_mulaw() -> None:
     samples = torch.tensor([[0, 7, 8, 15]])
-    heard = files.to_audio(samples, AUDIO["one-hot"])
+    heard = media.to_audio(samples, AUDIO["one-hot"])
     assert heard.tolist()[0] == pytest.approx([-1.0, -0.0135, 0.0135, 1.0], abs=1e-3)  # (16^(1/15) - 1) / 15
 
 

@@ -24,7 +24,8 @@ from bench import gpu, gpu_checks, gpu_contenders, gpu_report, gpu_small, gpu_ti
 from bench.configs import Case
 from bench.gpu_checks import Finding, Subject, check_calls, check_case, subject
 from fastgen import Sampler
-from fastgen.backends.base import Executor, Request
+from fastgen.backends.base import Executor
+from fastgen.backends.request import Request
 from fastgen.backends.team import HostTeamExecutor
 from fastgen.models.wavenet import WaveNet
 from fastgen.spec import Spec
@@ -49,7 +50,7 @@ def image() -> Subject:
 def on_host(s: Subject, dtype: torch.dtype, rung: str) -> HostTeamExecutor:
     """CTAs, warps and teams of host threads in place of a rung."""
     ranks, warps, teams = TEAMS[rung]
-    return HostTeamExecutor(s.sampler.plan, s.harvester, dtype, ranks, warps, teams)
+    return HostTeamExecutor(s.sampler.programs, s.conditioning, dtype, ranks, warps, teams)
 
 
 class Wrong(Executor):
@@ -185,10 +186,12 @@ def test_broken_promises_are_noticed(samplers: tuple[Sampler, Sampler], monkeypa
 
 def test_the_program_for_sanitizers_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Host(HostTeamExecutor):
-        def __init__(self, plan: Any, harvester: Any, dtype: torch.dtype, device: torch.device, team: str) -> None:
+        def __init__(
+            self, programs: Any, conditioning: Any, dtype: torch.dtype, device: torch.device, team: str
+        ) -> None:
             if team == "cluster16":
                 raise ValueError("this device cannot hold such a team")
-            super().__init__(plan, harvester, dtype, *TEAMS[team])
+            super().__init__(programs, conditioning, dtype, *TEAMS[team])
 
         def rung(self, slots: int) -> dict[str, str]:
             return {"text": f"{self.ranks} CTAs for {slots}"}
@@ -236,13 +239,13 @@ def test_conditioning_is_made_once_and_given_back(case: Case) -> None:
     before = sampler.sample(6, cond=gpu_contenders.conditioning(case, 6))
     rows: list[dict[str, Any]] = []
     gpu_contenders.ours(case, [6], 60.0, rows.append, lambda c: sampler)
-    assert not isinstance(sampler.executor.harvester, gpu_contenders.Harvested)  # type: ignore[attr-defined]
+    assert not isinstance(sampler.executor.conditioning, gpu_contenders.Harvested)  # type: ignore[attr-defined]
     assert torch.equal(sampler.sample(6, cond=gpu_contenders.conditioning(case, 6)), before)
 
 
 def test_what_takes_too_long_is_extrapolated_or_left_out(case: Case) -> None:
     sampler = fastgen.compile(case.model, cond=case.cond(1), threads=1, verify=False)
-    sampler.executor.harvester = gpu_contenders.Harvested(sampler.executor.harvester, torch.device("cpu"))  # type: ignore[attr-defined]
+    sampler.executor.conditioning = gpu_contenders.Harvested(sampler.executor.conditioning, torch.device("cpu"))  # type: ignore[attr-defined]
     row = gpu_contenders.time_sampler(case, sampler, 2, 1e-9)
     assert "extrapolated" in row["how"] and row["step_seconds"][0] > 0
     rows: list[dict[str, Any]] = []
@@ -329,8 +332,8 @@ def test_timings_are_written_with_date_revision_and_device(tmp_path: Path, monke
 
 
 def test_cases_are_written_as_they_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def host(plan: Any, harvester: Any, dtype: torch.dtype, device: torch.device, team: str) -> Executor:
-        return HostTeamExecutor(plan, harvester, dtype, *TEAMS[team])
+    def host(programs: Any, conditioning: Any, dtype: torch.dtype, device: torch.device, team: str) -> Executor:
+        return HostTeamExecutor(programs, conditioning, dtype, *TEAMS[team])
 
     monkeypatch.setattr("fastgen.backends.cuda.CudaExecutor", host)
     monkeypatch.setattr("tests.cases.cases", lambda: by_name("wavenet-embedded"))

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Request
-from fastgen.backends.cpu import CpuExecutor, native
+from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.reference import ReferenceExecutor
-from fastgen.plan.harvest import Harvester
+from fastgen.backends.request import Request
+from fastgen.native import native
 from fastgen.verify import TOLERANCE
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.oracle import (
+    assert_draws_follow,
     assert_same_samples,
     at_length,
     by_name,
@@ -85,7 +86,7 @@ def test_verify(case: Case, executor: str, compiled: Compiled) -> None:
 @pytest.mark.parametrize("case", by_name("masked-sequential", "shifted-inplace", "wavenet-onehot"), ids=str)
 def test_verify_sees_a_wrong_weight(case: Case) -> None:
     sampler = compile_case(case, backend="reference")
-    weights = sampler.plan.program(None).weights
+    weights = sampler.programs(None).weights
     weights[weights.nonzero()[0][-1]] += 0.05
     report = sampler.verify()
     assert not report.ok and report.max_abs_error > 1e-4
@@ -121,7 +122,7 @@ def test_stepping_equals_forward(case: Case, executor: str, compiled: Compiled) 
 def test_stepping_in_float64(case: Case, compiled: Compiled) -> None:
     """With arithmetic in float64 only the rounding of the result, and of what was folded beforehand, is left."""
     sampler = compiled(case, backend="reference")
-    exact = ReferenceExecutor(sampler.plan, sampler.executor.harvester, dtype=torch.float64)  # type: ignore[attr-defined]
+    exact = ReferenceExecutor(sampler.programs, sampler.executor.conditioning, dtype=torch.float64)  # type: ignore[attr-defined]
     values, cond = some_values(case, 2), case.conds(2)
     params = run_given(sampler, values, cond, exact)
     doubled = tuple(c.double() if isinstance(c, Tensor) and c.is_floating_point() else c for c in cond)
@@ -146,8 +147,8 @@ def test_every_instruction_set(case: Case, isa: str, compiled: Compiled) -> None
     values, cond = some_values(case, 2), case.conds(2)
     truth = parameters(case, case.build().eval(), values, cond)
     for dtype in (torch.float32, torch.bfloat16):
-        harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
-        executor = CpuExecutor(sampler.plan, harvester, dtype, 1, isa)
+        conditioning = sampler.conditioning
+        executor = CpuExecutor(sampler.programs, conditioning, dtype, 1, isa)
         assert executor.engine(None).isa == isa
         assert error_of(run_given(sampler, values, cond, executor), truth) < TOLERANCE[dtype]
 
@@ -184,12 +185,7 @@ def test_any_length(case: Case, compiled_at: int, compiled: Compiled) -> None:
             continue
         ours = values_of(here, sampler.sample(2, seed=length, length=length))
         truth = parameters(here, here.build().eval(), ours, here.conds(2))
-        again = here.head.draw(truth, noise_of(here, 2, length))
-        drawn = ours.reshape(2, here.steps, -1)
-        if case.head.discrete:
-            assert torch.equal(drawn, again), f"length {length}"
-        else:
-            torch.testing.assert_close(drawn, again, atol=2e-4, rtol=2e-4)
+        assert_draws_follow(here, ours, truth, noise_of(here, 2, length))
 
 
 @pytest.mark.parametrize("case", SEQUENCES, ids=str)

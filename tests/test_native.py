@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastgen import Sampler, rng
-from fastgen.backends.base import Request
-from fastgen.backends.cpu import CpuExecutor, native
-from fastgen.plan.harvest import Harvester
+from fastgen.backends.cpu import CpuExecutor
+from fastgen.backends.request import Request
+from fastgen.native import native
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.oracle import at_length, by_name, compile_case
@@ -57,10 +57,10 @@ def test_bytes_do_not_depend_on_the_batch(case: Case, compiled: Compiled) -> Non
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_bytes_do_not_depend_on_threads(case: Case, compiled: Compiled) -> None:
     sampler = compiled(case)
-    harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
+    conditioning = sampler.conditioning
     expected = run(sampler.executor, case, 6)
     for threads in (2, 3, 5):
-        executor = CpuExecutor(sampler.plan, harvester, torch.float32, threads)
+        executor = CpuExecutor(sampler.programs, conditioning, torch.float32, threads)
         assert executor.engine(None).threads == threads
         for n, first in ((6, 0), (1, 3)):
             part = tuple(t[first : first + n] for t in expected)
@@ -165,7 +165,7 @@ def test_threads_end_with_their_sampler() -> None:
 
 # ---- malformed tables ------------------------------------------------------------------------------------------------
 def tables_of(case: Case) -> dict[str, Any]:
-    tables = compile_case(case).plan.program(None).tables()
+    tables = compile_case(case).programs(None).tables()
     tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
     return tables
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import Sampler
-from fastgen.backends.cpu import native
 from fastgen.heads import Bernoulli, Categorical
 from fastgen.models import build
-from fastgen.plan import table as T
-from fastgen.plan.describe import classes, plan_stats
+from fastgen.native import native
+from fastgen.plan.plan import classes, plan_stats
+from fastgen.program import records as T
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.oracle import at_length, by_name, compile_case
@@ -31,7 +31,7 @@ SOURCE = Path(__file__).parent.parent / "csrc" / "plan.h"
 # ---- the tables ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["Buffer", "Tap", "Micro", "Op", "Item", "Head"])
 def test_records_are_those_of_the_extension(name: str) -> None:
-    ours, theirs = getattr(T, name.upper()), native().dtypes()[name]
+    ours, theirs = T.dtype_of(getattr(T, name)), native().dtypes()[name]
     assert ours.itemsize == theirs.itemsize and ours.names == theirs.names
     assert {f: ours.fields[f] for f in ours.names} == {f: theirs.fields[f] for f in ours.names}
 
@@ -105,7 +105,7 @@ def test_rows_wait_and_sites_do_not() -> None:
     assert work["row"].macs + work["hoisted"].macs == vertical + link
     assert work["hoisted"].macs == link, "the link feeds a sum that must wait for the pixel"
     assert work["site"].macs == (1 * 8 * 2 + 8 * 4) * sites
-    paths = {i.lead.node.path: i.cls for i in plan.layout.instrs}
+    paths = {i.lead.path: "row" if i.lead.row else "site" for i in plan.schedule.instrs}
     assert paths["v1"] == paths["v2"] == "row" and paths["out"] == "site"
     stats = plan_stats(plan)
     assert stats["row_macs"] == vertical + link and stats["steps"] == sites
@@ -129,26 +129,27 @@ def test_dead_work_is_not_done() -> None:
     plan = fastgen.compile(Wasteful(), (1, 6, 9), Categorical(4, encode="symmetric", params="B(n*C)*")).plan
     work = classes(plan)
     assert work["row"].macs == (1 * 16 * 6 + 16 * 16 * 3) * 54
-    assert all("unused" not in i.lead.node.path for i in plan.layout.instrs)
+    assert all("unused" not in i.lead.path for i in plan.schedule.instrs)
 
 
 def test_colours_are_phases(compiled: Compiled) -> None:
     """Three values a pixel: of every layer just the third that is due runs at each step."""
     for case in by_name("rgb-thirds", "rgb-interleaved", "rgb-unrolled"):
-        plan = compiled(case).plan
-        program = plan.program()
+        sampler = compiled(case)
+        plan, program = sampler.plan, sampler.programs()
         assert plan.spec.phases == 3 == int(program.head["phases"]) and program.steps == case.steps
         assert program.row_len == 3 * case.sites[1]
-        last = max(i.index for i in plan.layout.instrs)
+        last = max(i.index for i in plan.schedule.instrs)
         per_step = np.diff(program.step_ptr)
         assert per_step.min() > 0 and per_step.max() < last + 1, "no step runs everything"
 
 
 def test_vectors_are_one_site(compiled: Compiled) -> None:
     (case,) = by_name("masked-mlp")
-    plan = compiled(case).plan
-    assert plan.spec.vector and plan.spec.grid == (1, 1) and plan.program().steps == 14
-    hidden = [i for i in plan.layout.instrs if i.host is not None]
+    sampler = compiled(case)
+    plan = sampler.plan
+    assert plan.spec.vector and plan.spec.grid == (1, 1) and sampler.programs().steps == 14
+    hidden = [i for i in plan.schedule.instrs if i.host is not None]
     ready = [int(i.lead.ready.max()) for i in hidden]
     assert len(set(ready)) >= 13, "each degree has units of its own"
 
@@ -159,18 +160,18 @@ SEQUENCES = [c for c in cases() if "T" in c.axes and not c.cond() and c.name.sta
 
 @pytest.mark.parametrize("case", SEQUENCES, ids=str)
 def test_memory_does_not_grow_with_the_length(case: Case, compiled: Compiled) -> None:
-    plan = compiled(at_length(case, 96)).plan
-    programs = [plan.program(length) for length in (96, 500, 20_000)]
+    sampler = compiled(at_length(case, 96))
+    programs = [sampler.programs(length) for length in (96, 500, 20_000)]
     assert len({p.arena for p in programs}) == 1
     assert len({(len(p.ops), len(p.step_items), len(p.row_items), p.period, len(p.weights)) for p in programs}) == 1
-    assert [p.steps for p in programs] == [n * plan.spec.phases for n in (96, 500, 20_000)]
+    assert [p.steps for p in programs] == [n * sampler.spec.phases for n in (96, 500, 20_000)]
     assert programs[0].arena < 20_000
 
 
 def test_rings_are_as_long_as_the_reach() -> None:
     """A dilation of d reads d sites back, so a ring of about that many sites, whatever runs ahead in chunks, holds."""
     (case,) = by_name("wavenet-onehot")
-    program = compile_case(at_length(case, 96)).plan.program(5000)
+    program = compile_case(at_length(case, 96)).programs(5000)
     rings = program.buffers["ring_cols"]
     assert rings.max() <= 4 + 8 + 2 and (program.buffers["cols"] == 5000).all()
 
@@ -179,7 +180,7 @@ def test_long_sequences_are_planned_short() -> None:
     (case,) = by_name("wavenet-onehot")
     long = compile_case(at_length(case, 100_000))
     assert long.plan.spec.sites[0] <= 1024 and long.spec.sites == (100_000,)
-    assert long.plan.program(100_000).steps == 100_000 == long.plan.program(long.spec.grid[1]).steps
+    assert long.programs(100_000).steps == 100_000 == long.programs(long.spec.grid[1]).steps
     assert long.verify().ok
     short = compile_case(at_length(case, 64)).sample(2, seed=3, length=700)
     assert torch.equal(long.sample(2, seed=3, length=700), short)

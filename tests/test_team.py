@@ -15,12 +15,11 @@ import torch
 
 import fastgen
 from fastgen import Sampler
-from fastgen.backends.base import Request
-from fastgen.backends.cpu import native
 from fastgen.backends.cuda import cuda_device
+from fastgen.backends.request import Request
 from fastgen.backends.team import HostTeamExecutor
 from fastgen.errors import UnsupportedError
-from fastgen.plan.harvest import Harvester
+from fastgen.native import native
 from fastgen.verify import verify
 from tests.cases import Case, cases
 from tests.conftest import Compiled
@@ -32,8 +31,8 @@ A_FEW = by_name("unet-pixelcnnpp", "wavenet-vocoder", "masked-layernorm")
 
 
 def team(sampler: Sampler, dtype: torch.dtype = torch.float32, **options: Any) -> HostTeamExecutor:
-    harvester = Harvester(sampler.model, sampler.plan.spec, sampler.plan.graph)
-    return HostTeamExecutor(sampler.plan, harvester, dtype, **options)
+    conditioning = sampler.conditioning
+    return HostTeamExecutor(sampler.programs, conditioning, dtype, **options)
 
 
 def request(sampler: Sampler, n: int = 3, **options: Any) -> Request:
@@ -137,7 +136,7 @@ def test_too_little_shared_memory_is_named(compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("precision", ["float64", ""])
 def test_unknown_precisions(precision: str, compiled: Compiled) -> None:
-    tables = compiled(A_FEW[0]).plan.program().tables()
+    tables = compiled(A_FEW[0]).programs().tables()
     tables["head"] = tables["head"].reshape(1)
     with pytest.raises(ValueError, match="precision"):
         native().lower(tables, precision, 1 << 16)

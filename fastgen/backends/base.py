@@ -1,60 +1,61 @@
-"""What every executor offers: one run of a few samples in lockstep."""
+"""What every executor offers, and what it is made from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgen.errors import Cancelled
-
-Progress = Callable[[int], bool | None]
-
-
-@dataclass
-class Request:
-    """Samples [first, first + slots) of `seed`.
-
-    given, mask: [slots, H*W, C] known values and where they are known. cond: forward's further inputs, batch `slots`.
-    progress: called on the caller's thread with the number of steps done; returning False cancels the run.
-    """
-
-    slots: int
-    seed: int
-    first: int = 0
-    temperature: float = 1.0
-    cond: tuple[Any, ...] = ()
-    given: Tensor | None = None
-    mask: Tensor | None = None
-    length: int | None = None
-    want_params: bool = False
-    progress: Progress | None = None
-    out: Tensor | None = None  # float32 [slots, H*W, C], filled as the run goes
-
-    def known(self, site: int, which: slice) -> Tensor | None:
-        """Given values [slots, V] of one step, NaN where a value is to be drawn."""
-        if self.mask is None or self.given is None:
-            return None
-        return torch.where(self.mask[:, site, which].bool(), self.given[:, site, which], float("nan"))
+from fastgen.backends.conditioning import Conditioning
+from fastgen.backends.request import Request
+from fastgen.program.programs import Programs
+from fastgen.spec import Spec
 
 
-__all__ = ["Cancelled", "Executor", "Progress", "Request"]
+@dataclass(frozen=True)
+class Setting:
+    """What an executor is made from."""
+
+    model: nn.Module  # as the person gave it
+    spec: Spec
+    programs: Programs
+    conditioning: Conditioning
+    dtype: torch.dtype
+    device: torch.device
+    threads: int | None = None  # of the cpu executor
+    team: str = "auto"  # of the cuda executor
 
 
 class Executor(ABC):
     """Runs a plan (or, for the oracle, the module itself)."""
 
-    name: str
+    name: ClassVar[str]
+    device_type: ClassVar[str] = "cpu"  # of the devices it runs on
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)  # of weights
+    oracle: ClassVar[bool] = False  # runs forward itself, so that there is nothing to verify
     device: torch.device = torch.device("cpu")  # where results are
+
+    @classmethod
+    @abstractmethod
+    def make(cls, setting: Setting) -> Self:
+        """The executor of a sampler."""
+
+    @classmethod
+    def place(cls, device: torch.device) -> torch.device:
+        """The device in full. Raises UnsupportedError where it cannot be used."""
+        return device
 
     @abstractmethod
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Values [slots, H*W, C] float32, and if wanted the parameters [slots, steps, P] before every draw."""
+
+    def describe(self) -> str:
+        """A line for the plan, where there is something to say."""
+        return ""
 
     def slots(self, length: int | None) -> int:
         """How many samples to run at once."""

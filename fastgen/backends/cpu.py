@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Cancelled, Executor, Request
-from fastgen.errors import FastgenError
-from fastgen.plan.build import Plan
-from fastgen.plan.harvest import Harvester
+from fastgen.backends.base import Executor, Setting
+from fastgen.backends.conditioning import Conditioning
+from fastgen.backends.request import Request
+from fastgen.errors import Cancelled
+from fastgen.native import native
+from fastgen.program.programs import Programs
 
 ARENA_LIMIT = 1 << 29  # bytes of activations in flight
 MOST_SLOTS = 64
-
-
-def native() -> Any:
-    """The extension module, or a FastgenError that says how to build it."""
-    try:
-        import fastgen._native as _native
-    except ImportError as error:
-        raise FastgenError(f"the C++ extension is not built ({error}); run `pip install -e .` or `make`") from error
-    return _native
 
 
 class CpuExecutor(Executor):
@@ -34,13 +27,13 @@ class CpuExecutor(Executor):
 
     def __init__(
         self,
-        plan: Plan,
-        harvester: Harvester,
+        programs: Programs,
+        conditioning: Conditioning,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         isa: str = "auto",
     ) -> None:
-        self.plan, self.harvester, self.dtype, self.isa = plan, harvester, dtype, isa
+        self.programs, self.conditioning, self.dtype, self.isa = programs, conditioning, dtype, isa
         self.threads = (
             threads or len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
@@ -50,26 +43,31 @@ class CpuExecutor(Executor):
         self._engines: dict[int | None, Any] = {}
         self.engine(None)
 
+    @classmethod
+    def make(cls, setting: Setting) -> Self:
+        """See Executor."""
+        return cls(setting.programs, setting.conditioning, setting.dtype, setting.threads)
+
     def engine(self, length: int | None) -> Any:
         """The native executor for a sequence length."""
         if length not in self._engines:
             if len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
-            tables = self.plan.program(length, self.dtype).tables()
+            tables = self.programs(length, self.dtype).tables()
             tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
             self._engines[length] = self._native.CpuExecutor(tables, self.threads, self.isa)
         return self._engines[length]
 
     def slots(self, length: int | None) -> int:
         """As many samples at once as keep the activations in flight within bounds."""
-        arena = 4 * self.plan.program(length, self.dtype).arena
+        arena = 4 * self.programs(length, self.dtype).arena
         return max(1, min(MOST_SLOTS, ARENA_LIMIT // arena))
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """See Executor; releases the GIL."""
         engine = self.engine(request.length)
-        program = self.plan.program(request.length, self.dtype)
-        cond = [c.contiguous().numpy() for c in self.harvester.sources(program, request)]
+        program = self.programs(request.length, self.dtype)
+        cond = [c.contiguous().numpy() for c in self.conditioning.sources(program, request)]
         out = None if request.out is None else request.out.numpy()
         try:
             values, params = engine.run(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Cancelled, Request
-from fastgen.backends.cpu import native
+from fastgen.backends.base import Setting
+from fastgen.backends.conditioning import Conditioning
+from fastgen.backends.request import Request
 from fastgen.backends.team import Lowered, TeamExecutor
-from fastgen.errors import FastgenError, UnsupportedError
-from fastgen.plan.build import Plan
-from fastgen.plan.harvest import Harvester
+from fastgen.errors import Cancelled, FastgenError, UnsupportedError
+from fastgen.native import native
+from fastgen.program.programs import Programs
 
 TEAMS = ("auto", "cluster16", "cluster8", "grid", "cta")
 MOST_SLOTS = 8192
@@ -48,19 +49,36 @@ class CudaExecutor(TeamExecutor):
     """
 
     name = "cuda"
+    device_type = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(
-        self, plan: Plan, harvester: Harvester, dtype: torch.dtype, device: torch.device, team: str = "auto"
+        self,
+        programs: Programs,
+        conditioning: Conditioning,
+        dtype: torch.dtype,
+        device: torch.device,
+        team: str = "auto",
     ) -> None:
         device, self.properties = cuda_device(device)
         self.team = team
-        super().__init__(plan, harvester, dtype, device, int(self.properties["shared_bytes"]))
+        super().__init__(programs, conditioning, dtype, device, int(self.properties["shared_bytes"]))
         try:
             self.limits: dict[str, Any] = self._native.cuda_limits(device.index, self.precision, self.shared_bytes)
         except self._native.CudaError as error:
             raise UnsupportedError(f"{device} ({self.properties['name']}): {error}") from error
         self.rung(1)
         self.lowered(None)
+
+    @classmethod
+    def make(cls, setting: Setting) -> Self:
+        """See Executor."""
+        return cls(setting.programs, setting.conditioning, setting.dtype, setting.device, setting.team)
+
+    @classmethod
+    def place(cls, device: torch.device) -> torch.device:
+        """See Executor."""
+        return cuda_device(device)[0]
 
     def rung(self, slots: int) -> dict[str, Any]:
         """The teams that run so many samples: {kind, ctas, teams, text}."""
@@ -111,7 +129,7 @@ class CudaExecutor(TeamExecutor):
         stream = torch.cuda.current_stream(self.device)
         # Of another priority than torch hands out otherwise: a stream that nobody waits on, of a pool of its own.
         side = torch.cuda.Stream(self.device, priority=-1)
-        news = _News(request, out, self.plan.spec.order is None, lowered)
+        news = _News(request, out, self.programs.plan.spec.order is None, lowered)
         try:
             done = native_.run_on_device(
                 {**launch, "teams": teams}, self.device.index, stream.cuda_stream, side.cuda_stream, rung,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from fastgen import rng
-from fastgen.backends.base import Cancelled, Executor, Request
-from fastgen.plan.capture import eval_mode, first_tensor
+from fastgen.backends.base import Executor, Setting
+from fastgen.backends.request import Request
+from fastgen.errors import Cancelled
+from fastgen.forward import device_of, eval_mode, first_tensor
 from fastgen.spec import Spec
 
 
@@ -15,9 +19,15 @@ class NaiveExecutor(Executor):
     """Reruns forward for every draw and keeps one value of its output."""
 
     name = "naive"
+    oracle = True
 
     def __init__(self, model: nn.Module, spec: Spec) -> None:
         self.model, self.spec = model, spec
+
+    @classmethod
+    def make(cls, setting: Setting) -> Self:
+        """See Executor."""
+        return cls(setting.model, setting.spec)
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """See Executor."""
@@ -27,7 +37,7 @@ class NaiveExecutor(Executor):
 
     def _loop(self, spec: Spec, r: Request) -> tuple[Tensor, Tensor | None]:
         head = spec.head
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         cond = tuple(c.to(device) if isinstance(c, Tensor) else c for c in r.cond)
         out = (
             torch.zeros(r.slots, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
@@ -40,12 +50,10 @@ class NaiveExecutor(Executor):
             else None
         )
         samples = torch.arange(r.slots) + r.first
-        sites = spec.step_site().tolist()
-        table = spec.step_table().reshape(spec.phases, -1)
-        for t, site in enumerate(sites):
+        steps = spec.timeline
+        for t, (site, f) in enumerate(zip(steps.site.tolist(), steps.phase.tolist(), strict=True)):
             if r.progress is not None and r.progress(t) is False:
                 raise Cancelled
-            f = int((table[:, site] == t).nonzero()[0])
             theta = spec.parameters(first_tensor(self.model(spec.encode(out).to(device), *cond)))
             theta = theta.reshape(r.slots, -1, spec.phases, theta.shape[-1])[:, site, f].float().cpu()
             if params is not None:

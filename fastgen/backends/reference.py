@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import rng
-from fastgen.backends.base import Cancelled, Executor, Request
-from fastgen.plan import table as T
-from fastgen.plan.build import Plan
-from fastgen.plan.harvest import Harvester
+from fastgen.backends.base import Executor, Setting
+from fastgen.backends.conditioning import Conditioning
+from fastgen.backends.request import Request
+from fastgen.errors import Cancelled
+from fastgen.program import records as R
+from fastgen.program.programs import Programs
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "copy": lambda a: a, "neg": torch.neg, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh,
@@ -50,7 +52,7 @@ class Machine:
     """One run of a program: buffers [slots, ring_rows, ring_cols, C], poisoned with NaN."""
 
     def __init__(
-        self, program: T.Program, slots: int, cond: list[Tensor], device: torch.device, dtype: torch.dtype
+        self, program: R.Program, slots: int, cond: list[Tensor], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.p, self.slots, self.device, self.dtype = program, slots, device, dtype
         self.consts = torch.from_numpy(program.consts).to(device, dtype)
@@ -62,9 +64,9 @@ class Machine:
         self.buffers: list[Tensor] = []
         for b in program.buffers:
             shape = (slots, int(b["ring_rows"]), int(b["ring_cols"]), int(b["channels"]))
-            if b["kind"] == T.COND:
+            if b["kind"] == R.COND:
                 self.buffers.append(cond[int(b["offset"])].to(device, dtype).view(shape))
-            elif b["kind"] == T.CONST:
+            elif b["kind"] == R.CONST:
                 start, n = int(b["offset"]), shape[1] * shape[2] * shape[3]
                 self.buffers.append(self.consts[start : start + n].view(1, *shape[1:]).expand(shape))
             else:
@@ -108,14 +110,14 @@ class Machine:
                 total = total + self.buffers[buf][:, di % int(b["ring_rows"]), dj % int(b["ring_cols"])]
         if not k:
             return total
-        panels = -(-acc // T.PANEL)
-        w = self.weights[int(op["weights"]) : int(op["weights"]) + panels * k * T.PANEL].view(panels, k, T.PANEL)
-        dense = w.transpose(0, 1).reshape(k, panels * T.PANEL)[:, :acc]
+        panels = -(-acc // R.PANEL)
+        w = self.weights[int(op["weights"]) : int(op["weights"]) + panels * k * R.PANEL].view(panels, k, R.PANEL)
+        dense = w.transpose(0, 1).reshape(k, panels * R.PANEL)[:, :acc]
         taps = self.p.taps[int(op["tap0"]) : int(op["tap0"]) + int(op["ntaps"])]
         return total + torch.cat([self.read(t, qi, qj) for t in taps], -1) @ dense
 
     def _micro(self, m: Any, scratch: Tensor, qi: Tensor, qj: Tensor, di: Tensor, dj: Tensor) -> None:
-        fn, n, dst = T.FN_NAME[int(m["fn"])], int(m["n"]), int(m["dst"])
+        fn, n, dst = R.FN_NAME[int(m["fn"])], int(m["n"]), int(m["dst"])
         imm = (float(m["imm0"]), float(m["imm1"]), float(m["imm2"]))
 
         def at(x: Any, count: int) -> Tensor:
@@ -180,25 +182,31 @@ class ReferenceExecutor(Executor):
 
     def __init__(
         self,
-        plan: Plan,
-        harvester: Harvester,
+        programs: Programs,
+        conditioning: Conditioning,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         weight_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.plan, self.harvester, self.dtype, self.weight_dtype = plan, harvester, dtype, weight_dtype
+        self.programs, self.conditioning, self.dtype, self.weight_dtype = programs, conditioning, dtype, weight_dtype
+        self.spec = programs.plan.spec
         self.device = device or torch.device("cpu")
+
+    @classmethod
+    def make(cls, setting: Setting) -> Self:
+        """See Executor."""
+        return cls(setting.programs, setting.conditioning, weight_dtype=setting.dtype)
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """See Executor."""
-        p = self.plan.program(request.length, self.weight_dtype)
-        cond = self.harvester.sources(p, request)
+        p = self.programs(request.length, self.weight_dtype)
+        cond = self.conditioning.sources(p, request)
         with torch.no_grad():
             machine = Machine(p, request.slots, cond, self.device, self.dtype)
             return self._loop(p, machine, request)
 
-    def _loop(self, p: T.Program, m: Machine, r: Request) -> tuple[Tensor, Tensor | None]:
-        head, spec = self.plan.spec.head, self.plan.spec
+    def _loop(self, p: R.Program, m: Machine, r: Request) -> tuple[Tensor, Tensor | None]:
+        head, spec = self.spec.head, self.spec
         channels, phases = spec.channels, spec.phases
         out = torch.zeros(r.slots, p.rows * p.cols, channels, dtype=torch.float32) if r.out is None else r.out.zero_()
         params = torch.zeros(r.slots, p.steps, int(p.head["params"]), dtype=torch.float32) if r.want_params else None
@@ -224,7 +232,7 @@ class ReferenceExecutor(Executor):
 
     def _params(self, m: Machine, t: int, site: int) -> Tensor:
         p = m.p
-        f = t % int(p.head["phases"]) if self.plan.spec.order is None else self._phase[t]
+        f = t % int(p.head["phases"]) if self.spec.order is None else int(self.spec.timeline.phase[t])
         qi, qj = (
             torch.tensor([site // p.cols], device=m.device),
             torch.tensor([site % p.cols], device=m.device),
@@ -232,15 +240,9 @@ class ReferenceExecutor(Executor):
         first, last = (int(p.head["tap0"]) + int(p.head["tap_ptr"][k]) for k in (f, f + 1))
         return torch.cat([m.read(tap, qi, qj)[:, 0] for tap in p.taps[first:last]], -1)
 
-    @property
-    def _phase(self) -> list[int]:
-        table = self.plan.spec.step_table()
-        phase = torch.arange(table.shape[0]).view(-1, 1, 1).expand(table.shape).reshape(-1)
-        return [int(f) for f in phase[torch.argsort(table.reshape(-1))]]
-
     def _write(self, m: Machine, site: int, which: slice, value: Tensor) -> None:
         """Writes the encoded value to the input buffer."""
-        p, spec = m.p, self.plan.spec
+        p, spec = m.p, self.spec
         target = site + int(p.head["delay"])
         if target >= p.rows * p.cols:
             return

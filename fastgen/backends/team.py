@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Executor, Request
-from fastgen.backends.cpu import native
-from fastgen.plan.build import Plan
-from fastgen.plan.harvest import Harvester
-from fastgen.plan.table import Program
+from fastgen.backends.base import Executor, Setting
+from fastgen.backends.conditioning import Conditioning
+from fastgen.backends.request import Request
+from fastgen.native import native
+from fastgen.program.programs import Programs
+from fastgen.program.records import Program
 
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 PATIENCE = 10_000_000_000  # nanoseconds that a barrier waits for a partner
@@ -37,9 +38,14 @@ class TeamExecutor(Executor):
     """What both kinds share: lowering, the memory of a run, and the words that teams and host exchange."""
 
     def __init__(
-        self, plan: Plan, harvester: Harvester, dtype: torch.dtype, device: torch.device, shared_bytes: int
+        self,
+        programs: Programs,
+        conditioning: Conditioning,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared_bytes: int,
     ) -> None:
-        self.plan, self.harvester, self.dtype, self.device = plan, harvester, dtype, device
+        self.programs, self.conditioning, self.dtype, self.device = programs, conditioning, dtype, device
         self.shared_bytes = shared_bytes  # of a CTA
         self.precision = PRECISIONS[dtype]
         self._native = native()
@@ -54,7 +60,7 @@ class TeamExecutor(Executor):
         if length not in self._lowered:
             if len(self._lowered) >= 2:
                 self._lowered.pop(next(iter(self._lowered)))
-            program = self.plan.program(length)
+            program = self.programs(length)
             tables = program.tables()
             tables["head"] = tables["head"].reshape(1)
             block, info = self._native.lower(tables, self.precision, self.shared_bytes)
@@ -70,7 +76,7 @@ class TeamExecutor(Executor):
         out = self._values(request, n, p.rows * p.cols, int(p.head["channels"]))
         params = self._zeros(n, p.steps, int(p.head["params"])) if request.want_params else None
         arena = torch.empty(n, lowered.arena, dtype=torch.float32, device=self.device)
-        cond = [c.to(self.device, torch.float32).contiguous() for c in self.harvester.sources(p, request)]
+        cond = [c.to(self.device, torch.float32).contiguous() for c in self.conditioning.sources(p, request)]
         pointers = torch.tensor([c.data_ptr() for c in cond] or [0], dtype=torch.int64).to(self.device)
         given, mask = self._known(request)
         launch = {
@@ -105,11 +111,16 @@ class HostTeamExecutor(TeamExecutor):
     name = "host-team"
 
     def __init__(
-        self, plan: Plan, harvester: Harvester, dtype: torch.dtype = torch.float32,
+        self, programs: Programs, conditioning: Conditioning, dtype: torch.dtype = torch.float32,
         ranks: int = 1, warps: int = 1, teams: int = 1, shared_bytes: int = 96 << 10,
     ) -> None:  # fmt: skip
         self.ranks, self.warps, self.teams = ranks, warps, teams
-        super().__init__(plan, harvester, dtype, torch.device("cpu"), shared_bytes)
+        super().__init__(programs, conditioning, dtype, torch.device("cpu"), shared_bytes)
+
+    @classmethod
+    def make(cls, setting: Setting) -> Self:
+        """See Executor."""
+        return cls(setting.programs, setting.conditioning, setting.dtype)
 
     def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
         self._native.run_on_host({**launch, "teams": min(self.teams, request.slots)}, self.ranks, self.warps)

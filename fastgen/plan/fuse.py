@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastgen.plan.ir import Ref
-from fastgen.plan.passes import Unit
+from fastgen.graph.refs import Pair, Places, Ref
+from fastgen.plan.units import Unit
 
 
 @dataclass(eq=False)
@@ -19,23 +19,33 @@ class Instr:
     stored: list[Unit] = field(default_factory=list)
 
     @property
-    def cls(self) -> str:
-        """row or site."""
-        return self.lead.cls
+    def units(self) -> list[Unit]:
+        """In the order of execution."""
+        return ([self.host] if self.host else []) + self.maps
+
+    @property
+    def up(self) -> Pair:
+        """Its sites are q * up + parity, one op a parity."""
+        return self.host.node.up if self.host else (1, 1)
+
+    @property
+    def parities(self) -> list[Pair]:
+        """The parities of its sites, in order."""
+        return [(u, v) for u in range(self.up[0]) for v in range(self.up[1])]
 
 
-def fuse(units: list[Unit], params: list[list[tuple[int, int]]]) -> list[Instr]:
+def fuse(units: list[Unit], params: Places) -> list[Instr]:
     """Instructions in running order; sets what each must store for others."""
     home: dict[int, Instr] = {}
     instrs: list[Instr] = []
     for unit in units:
-        if unit.kind in ("input", "cond"):
+        if unit.node.source:
             continue
-        host = None if unit.kind == "taps" else _host(unit, home, instrs)
+        host = None if unit.node.linear else _host(unit, home, instrs)
         if host is None:
-            host = Instr(len(instrs), unit, unit if unit.kind == "taps" else None)
+            host = Instr(len(instrs), unit, unit if unit.node.linear else None)
             instrs.append(host)
-        if unit.kind != "taps":
+        if not unit.node.linear:
             host.maps.append(unit)
         home[unit.id] = host
     needed = {uid for chans in params for uid, _ in chans}
@@ -46,9 +56,8 @@ def fuse(units: list[Unit], params: list[list[tuple[int, int]]]) -> list[Instr]:
         if unit.partial is not None:
             needed.add(unit.partial)
     for instr in instrs:
-        members = ([instr.host] if instr.host else []) + instr.maps
-        instr.stored = [u for u in members if u.id in needed]
-        for u in members:  # a fused unit runs wherever its leader does
+        instr.stored = [u for u in instr.units if u.id in needed]
+        for u in instr.units:  # a fused unit runs wherever its leader does
             u.grid, u.live, u.when = instr.lead.grid, instr.lead.live, instr.lead.when
     return instrs
 

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from fastgen.errors import CheckpointError, OutputError
 from fastgen.models.base import ReferenceModel
-
-if TYPE_CHECKING:
-    from fastgen.train.recipes import Recipe
+from fastgen.train.recipes import Recipe
 
 
 @dataclass
@@ -71,13 +68,13 @@ class TrainState:
         torch.set_rng_state(tensors["rng.torch"])
 
 
-def save_state(path: Path, state: TrainState, recipe: "Recipe", seed: int) -> None:
+def save_state(path: Path, state: TrainState, recipe: Recipe, seed: int) -> None:
     """Write the state, replacing an older one in one move. Raises OutputError; nothing half-written stays."""
     about = json.dumps({"step": state.step, "seed": seed, "recipe": asdict(recipe)}, sort_keys=True)
     write_atomically(path, lambda temporary: save_file(state.tensors(), temporary, metadata={"state": about}))
 
 
-def load_state(path: Path, state: TrainState, recipe: "Recipe", seed: int) -> None:
+def load_state(path: Path, state: TrainState, recipe: Recipe, seed: int) -> None:
     """Read a state into `state` and the global random state. CheckpointError leaves both unchanged."""
     try:
         with safe_open(path, framework="pt") as file:

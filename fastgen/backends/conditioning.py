@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastgen.backends.base import Request
+from fastgen.backends.request import Request
+from fastgen.capture.dispatch import COMPUTES, METADATA_OPS
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
-from fastgen.plan.capture import FORWARD_ERRORS, METADATA_OPS, ModulePath, eval_mode, plain, refused
-from fastgen.plan.ir import CondNode, Graph
-from fastgen.plan.pack import grown
-from fastgen.plan.rules_linear import LINEAR
-from fastgen.plan.rules_pointwise import COMPUTED, POINTWISE
-from fastgen.plan.table import Program
+from fastgen.forward import FORWARD_ERRORS, ModulePath, eval_mode, plain, refused
+from fastgen.graph.node import Graph
+from fastgen.graph.sources import CondNode
+from fastgen.program.pack import grown
+from fastgen.program.records import Program
 from fastgen.spec import Spec
 
-COMPUTES = POINTWISE | frozenset([*COMPUTED, *LINEAR])  # what these make of sampled values is the plan's
 Point = tuple[str, str, int, int]
 Shapes = dict[tuple[str, str, int], Any]  # what a skipped operation gives, on the meta device; by layer, name and call
 REMEMBERED = 256  # samples' conditioning (labels come again), each of at most
@@ -89,7 +88,7 @@ def _meta(a: Any) -> Any:
     return a.to("meta") if isinstance(a, Tensor) else a
 
 
-class Harvester:
+class Conditioning:
     """Fills the Cond buffers of a program for one call."""
 
     def __init__(self, model: nn.Module, spec: Spec, graph: Graph) -> None:

@@ -1,0 +1,112 @@
+"""Capture: run forward once on real tensors and record, in shadow memory, which plan element every number is.
+
+Weight norm, masks, dtype casts of weights and the like simply execute; only what meets a sampled value needs a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fastgen.capture.dispatch import Dispatcher
+from fastgen.capture.fit import Irregular, fit, pieces_of
+from fastgen.capture.ids import COND, node_ids, sites
+from fastgen.capture.tracer import Tracer
+from fastgen.errors import UnsupportedError
+from fastgen.forward import ModulePath, eval_mode, first_tensor, plain, try_forward
+from fastgen.graph.maps import MapNode
+from fastgen.graph.node import Graph, Node
+from fastgen.graph.refs import Pair
+from fastgen.graph.sources import InputNode, OpaqueNode
+
+COMPOSITE = {
+    "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
+    "lstm_cell": "a recurrence", "gru_cell": "a recurrence", "scaled_dot_product_attention": "attention",
+    "multi_head_attention_forward": "attention",
+}  # fmt: skip
+
+
+class CompositeCalls(TorchFunctionMode):
+    """Sees calls that torch would take apart before the dispatcher does, and refuses them by name."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name in COMPOSITE and any(self.tracer.dynamic(t) for t in tensors):
+            raise UnsupportedError(
+                f"layer {self.tracer.path.current}: {name} is {COMPOSITE[name]}, which is not planned yet"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def capture(
+    model: nn.Module,
+    x: Tensor,
+    cond: tuple[Any, ...],
+    channels: int,
+    grid: Pair,
+    laid_out: Callable[[Tensor], Tensor],
+    parameters_of: Callable[[Tensor], Tensor],
+) -> Graph:
+    """Runs model(x, *cond) at batch 1 and returns its graph.
+
+    The sampled tensor has `channels` (encoded) at each site of `grid`; `laid_out` shapes [1, channels, sites] like x, and
+    `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. Raises UnsupportedError and
+    ShapeError; NotCausalError comes later (plan/ready.py).
+    """
+    path = ModulePath(model)
+    tracer = Tracer(path, grid)
+    with eval_mode(model), path.watching():
+        x, *cond_list = (plain(t) for t in (x, *cond))
+        cond = tuple(cond_list)
+        try_forward(model, x, cond)
+        tracer.add(InputNode, "input", channels, grid)
+        tracer.put(x, laid_out(node_ids(0, channels, grid)[None]))
+        for t in cond:
+            if isinstance(t, Tensor):
+                tracer.put(t, torch.full(t.shape, COND, dtype=torch.int64))
+        with Dispatcher(tracer), CompositeCalls(tracer):
+            out = model(x, *cond)
+    return _finish(tracer, first_tensor(out), parameters_of)
+
+
+def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) -> Graph:
+    """Adds one node per phase with the head's parameters at the data's sites, in the head's own order."""
+    ids, values = parameters_of(tr.ids(out).contiguous()), parameters_of(out.contiguous())
+    if not bool((ids >= 0).any()) and ids.shape[1] * ids.shape[2] * ids.shape[3] > 1:
+        raise UnsupportedError(
+            "forward's output does not depend on the sampled tensor as far as torch can see "
+            "(is it computed outside torch, or by a custom autograd function?)"
+        )
+    height, width, phases, count = ids.shape[1:]
+    _check_opaque(tr.nodes, ids)
+    i, j = sites(height, width)
+    params = []
+    tr.path.stack = ["output"]
+    for f in range(phases):
+        part = ids[0, :, :, f].reshape(height * width, count).t()
+        value = values[0, :, :, f].reshape(height * width, count).t()
+        try:
+            groups, constant = fit(part, i, j)
+            pieces = pieces_of(groups, constant, value, i, j, (height, width))
+        except Irregular as error:
+            raise UnsupportedError(f"forward's output: {error}") from error
+        params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[pieces]).index)
+    return Graph(tr.nodes, params, tr.points, tr.notes)
+
+
+def _check_opaque(nodes: list[Node], ids: Tensor) -> None:
+    """Raises UnsupportedError where an output is itself the result of an operation without a rule."""
+    for k in (ids[ids >= 0] >> 48).unique().tolist():
+        node = nodes[k]
+        if isinstance(node, OpaqueNode):
+            raise UnsupportedError(f"layer {node.path}: {node.reason}")

@@ -1,0 +1,235 @@
+"""Pointwise rules: maps, embeddings (and one-hot, which is one), channel-wise reductions.
+
+The elements of a result are laid out as lanes (channels) x columns (sites), labelled with the sites of their operands,
+and every operand is fitted to an affine reference from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.capture.axes import LaneOrder, label_columns
+from fastgen.capture.closed_form import ClosedForm
+from fastgen.capture.fit import Irregular, fit, pieces_of
+from fastgen.capture.ids import COND, CONST, pack
+from fastgen.capture.relabel import relabel
+from fastgen.capture.shadow import Ids
+from fastgen.capture.tracer import Tracer
+from fastgen.graph.maps import MapNode
+from fastgen.graph.refs import Affine, Pair, Piece, Ref, runs
+
+# aten name -> our name; operands in aten's order, no parameters
+PLAIN = {
+    "neg": "neg", "exp": "exp", "log": "log", "tanh": "tanh", "sigmoid": "sigmoid", "relu": "relu", "abs": "abs",
+    "sqrt": "sqrt", "rsqrt": "rsqrt", "sin": "sin", "cos": "cos", "reciprocal": "reciprocal", "log1p": "log1p",
+    "expm1": "expm1", "erf": "erf", "sign": "sign", "sgn": "sign", "floor": "floor", "ceil": "ceil", "round": "round",
+    "trunc": "trunc", "fix": "trunc", "logical_not": "not", "silu": "silu", "mul": "mul", "div": "div",
+    "maximum": "maximum", "minimum": "minimum", "pow": "pow", "eq": "eq", "ne": "ne", "gt": "gt", "ge": "ge", "lt": "lt",
+    "le": "le", "logical_and": "and", "logical_or": "or", "bitwise_and": "and", "bitwise_or": "or",
+    "remainder": "remainder", "where": "where",
+}  # fmt: skip
+SPECIAL = frozenset(
+    ["add", "sub", "rsub", "elu", "leaky_relu", "gelu", "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max",
+     "square", "masked_fill", "addcmul", "ne_zero", "relu6", "threshold"]
+)  # fmt: skip
+POINTWISE = frozenset(PLAIN) | SPECIAL
+SCALAR_AFFINE = {"mul": lambda s: (s, 0.0), "div": lambda s: (1.0 / s, 0.0)}
+Argument = Tensor | float  # of a map: broadcast to the result
+
+
+def pointwise(tr: Tracer, name: str, out: Tensor, args: Any, kwargs: Any) -> Ids:
+    """Ids of the result of a pointwise aten operation."""
+    fn, operands, imm = _spec(tr, name, list(args), dict(kwargs), out)
+    return emit(tr, name, out.shape, fn, operands, imm)
+
+
+def _spec(
+    tr: Tracer, name: str, a: list[Any], kw: dict[str, Any], out: Tensor
+) -> tuple[str, list[Argument], tuple[float, ...]]:
+    """(our function, operands, parameters) of an aten call."""
+
+    def arg(k: int, key: str, default: Any) -> Any:
+        return a[k] if len(a) > k else kw.get(key, default)
+
+    if name == "div" and kw.get("rounding_mode"):
+        raise Irregular("division with rounding")
+    if name in ("add", "sub", "rsub"):
+        x, y, alpha = a[0], a[1], float(arg(2, "alpha", 1))
+        if name == "rsub":
+            x, y, name = y, x, "sub"
+        sign = alpha if name == "add" else -alpha
+        if not isinstance(y, Tensor) or (y.dim() == 0 and not tr.dynamic(y) and not tr.conditional(y)):
+            return "affine", [x], (1.0, sign * float(y))
+        if not isinstance(x, Tensor):
+            return "affine", [y], (sign, float(x))
+        if sign in (1.0, -1.0):
+            return ("add" if sign > 0 else "sub"), [x, y], ()
+        return "muladd", [y, sign, x], ()
+    if name in SCALAR_AFFINE and (
+        not isinstance(a[1], Tensor) or (a[1].dim() == 0 and not tr.dynamic(a[1]) and not tr.conditional(a[1]))
+    ):
+        return "affine", [a[0]], SCALAR_AFFINE[name](float(a[1]))
+    if name == "pow" and not isinstance(a[1], Tensor):
+        return ("mul", [a[0], a[0]], ()) if a[1] == 2 else ("powscalar", [a[0]], (float(a[1]),))
+    if name == "pow" and not isinstance(a[0], Tensor):
+        return "scalarpow", [a[1]], (float(a[0]),)
+    if name in PLAIN:
+        return PLAIN[name], list(a), ()
+    big = 3.0e38
+    table: dict[str, Callable[[], tuple[str, list[Argument], tuple[float, ...]]]] = {
+        "elu": lambda: (
+            "elu",
+            [a[0]],
+            (float(arg(1, "alpha", 1)), float(arg(2, "scale", 1)), float(arg(3, "input_scale", 1))),
+        ),
+        "leaky_relu": lambda: ("leakyrelu", [a[0]], (float(arg(1, "negative_slope", 0.01)),)),
+        "gelu": lambda: ("gelutanh" if kw.get("approximate", "none") == "tanh" else "gelu", [a[0]], ()),
+        "softplus": lambda: ("softplus", [a[0]], (float(arg(1, "beta", 1)), float(arg(2, "threshold", 20)))),
+        "hardtanh": lambda: ("clamp", [a[0]], (float(arg(1, "min_val", -1)), float(arg(2, "max_val", 1)))),
+        "relu6": lambda: ("clamp", [a[0]], (0.0, 6.0)),
+        "clamp_min": lambda: ("clamp", [a[0]], (float(a[1]), big)),
+        "clamp_max": lambda: ("clamp", [a[0]], (-big, float(a[1]))),
+        "square": lambda: ("mul", [a[0], a[0]], ()),
+        "ne_zero": lambda: ("ne", [a[0], 0.0], ()),
+        "masked_fill": lambda: ("where", [a[1], a[2], a[0]], ()),
+        "addcmul": lambda: ("muladd", [a[1], a[2], a[0]], ()),
+    }
+    if name == "clamp":
+        lo, hi = arg(1, "min", None), arg(2, "max", None)
+        if isinstance(lo, Tensor) or isinstance(hi, Tensor):
+            raise Irregular("clamp with tensor bounds")
+        return "clamp", [a[0]], (-big if lo is None else float(lo), big if hi is None else float(hi))
+    if name == "threshold":
+        raise Irregular("threshold")
+    return table[name]()
+
+
+def emit(tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Argument], imm: tuple[float, ...]) -> Ids:
+    """Adds a map node and returns the ids of its result, shaped `shape`."""
+    tensors = [t if isinstance(t, Tensor) else torch.tensor(float(t)) for t in operands]
+    closed = _closed(tr, op, shape, fn, tensors, imm)
+    if closed is not None:
+        return closed
+    full = [tr.ids(t).expand(shape) for t in tensors]
+    try:
+        return _emit(tr, op, shape, fn, tensors, full, imm)
+    except Irregular:
+        again = [relabel(tr, t, own) for t, own in zip(tensors, full, strict=True)]
+        if all(a is b for a, b in zip(full, again, strict=True)):
+            raise
+        return _emit(tr, op, shape, fn, tensors, again, imm)
+
+
+def _closed(
+    tr: Tracer, op: str, shape: torch.Size, fn: str, tensors: list[Tensor], imm: tuple[float, ...]
+) -> ClosedForm | None:
+    """The common case without an id per element: fields over the same sites, and constants per channel."""
+    operands: list[list[Piece]] = []
+    first: ClosedForm | None = None
+    for t in tensors:
+        field = tr.closed(t) if t.shape == shape else None
+        if field is not None:
+            if not field.whole or (first is not None and (field.grid, field.off) != (first.grid, first.off)):
+                return None
+            first = first or field
+            operands.append([])
+        elif tr.dynamic(t) or tr.conditional(t) or not _per_channel(t, shape):
+            return None
+    if first is None or min(first.off) < 0:
+        return None
+    grid = (first.grid[0] + first.off[0], first.grid[1] + first.off[1])
+    operands = []
+    for t in tensors:
+        field = tr.closed(t) if t.shape == shape else None
+        if field is None:
+            value = t.detach().expand(shape)[0].reshape(shape[1], -1)[:, 0].clone()
+            operands.append([Piece(0, shape[1], const=value)])
+            continue
+        groups, _ = field.groups()
+        pieces = [Piece(g.lanes[a], g.lanes[b - 1] + 1, Ref(g.ref.node, g.ref.chans[a:b], Affine(lo=g.ref.at.lo, hi=g.ref.at.hi)))
+                  for g in groups for a, b in runs(g.lanes)]  # fmt: skip
+        operands.append(sorted(pieces, key=lambda p: p.lo))
+    node = tr.add(MapNode, op, shape[1], grid, fn=fn, operands=operands, imm=imm)
+    return ClosedForm((node.index << 16) | torch.arange(shape[1]), first.grid, first.off, first.lo, first.hi)
+
+
+def _per_channel(t: Tensor, shape: torch.Size) -> bool:
+    """Whether a constant broadcast to shape [1, C, ...] is the same at all sites."""
+    t = t.expand(shape)
+    return all(t.shape[a] == 1 or t.stride(a) == 0 for a in range(2, t.dim()))
+
+
+def _emit(
+    tr: Tracer,
+    op: str,
+    shape: torch.Size,
+    fn: str,
+    tensors: list[Tensor],
+    full: list[Tensor],
+    imm: tuple[float, ...],
+) -> Tensor:
+    order = LaneOrder(shape, full)
+    ids = [order.split(t) for t in full]
+    keep, i, j = label_columns(order, ids, tr.data_grid)
+    if not bool(keep.any()):  # every sampled element lies outside
+        return torch.full(shape, CONST)
+    whole = bool(keep.all())
+    if not whole:
+        ids, i, j = [t[:, keep] for t in ids], i[keep], j[keep]
+    grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
+    pieces = []
+    for t, own in zip(tensors, ids, strict=True):
+        values = order.split(t.detach().expand(shape))
+        pieces.append(_pieces(tr, t, own, values if whole else values[:, keep], order, keep, (i, j), grid))
+    node = tr.add(MapNode, op, order.lanes, grid, fn=fn, operands=pieces, imm=imm)
+    return order.join(_column_ids(node.index, order, keep, i, j))
+
+
+def _column_ids(node: int, order: LaneOrder, keep: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    fresh = pack(node, torch.arange(order.lanes)[:, None], i[None], j[None])
+    if bool(keep.all()):
+        return fresh
+    result = torch.full((order.lanes, order.columns), CONST)
+    result[:, keep] = fresh
+    return result
+
+
+def _pieces(
+    tr: Tracer,
+    t: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    order: LaneOrder,
+    keep: Tensor,
+    at: tuple[Tensor, Tensor],
+    grid: Pair,
+) -> list[Piece]:
+    """Pieces of one operand: references, constants, conditioning."""
+    i, j = at
+    groups, constant = fit(ids, i, j)
+    lanes = [k for k in constant if bool((ids[k] == COND).any())]
+    pieces = pieces_of(groups, [k for k in constant if k not in set(lanes)], values, i, j, grid)
+    if lanes:
+        position = order.split(torch.arange(t.numel()).view(t.shape).expand(order.shape))[lanes][:, keep]
+        pieces += _conditioning(tr, t, position, lanes, i, j, grid)
+    return sorted(pieces, key=lambda p: p.lo)
+
+
+def _conditioning(
+    tr: Tracer, t: Tensor, position: Tensor, lanes: list[int], i: Tensor, j: Tensor, grid: Pair
+) -> list[Piece]:
+    """A source node for the conditioning lanes of operand t; one site where it is the same at all of them."""
+    if bool((position == position[:, :1]).all()):
+        index, at = position[:, :1].reshape(len(lanes), 1, 1), Affine((0, 0), hi=(1, 1))
+    else:
+        index = torch.zeros(len(lanes), *grid, dtype=torch.int64)
+        index[:, i, j] = position
+        at = Affine(hi=grid)
+    same = len(lanes) > 1 and bool((index == index[:1]).all())
+    node = tr.cond_source(t, index[:1] if same else index, (index.shape[1], index.shape[2]))
+    chans = (0,) * len(lanes) if same else tuple(range(len(lanes)))
+    return [Piece(lanes[a], lanes[b - 1] + 1, Ref(node, chans[a:b], at)) for a, b in runs(lanes)]

@@ -1,0 +1,33 @@
+"""Lookup in a table by a sampled index: embeddings, and one-hot, which is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastgen.graph.maps import OperandNode
+from fastgen.graph.node import Coder
+
+
+@dataclass
+class EmbedNode(OperandNode):
+    """out = table[index] with the index read from one lane; table [rows, channels]."""
+
+    table: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def name(self) -> str:
+        return "embed"
+
+    def emit(self, coder: Coder) -> int:
+        source = coder.whole(self.operands[0])
+        dst = coder.alloc(self.channels)
+        if source < 0:  # a constant index: bring it to scratch
+            moved = coder.alloc(1)
+            coder.emit("copy", moved, source, n=1)
+            source = moved
+        offset = coder.constants(self.table)
+        coder.emit("embed", dst, source, offset, 0, self.channels, (float(self.table.shape[0]),))
+        return dst

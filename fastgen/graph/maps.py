@@ -1,0 +1,160 @@
+"""Pointwise nodes and reductions over channels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastgen.graph.node import Coder, Node
+from fastgen.graph.refs import Cause, Operand, Piece, Places, Read, Ref, restrict
+from fastgen.graph.times import NEVER, Ready, look
+
+
+@dataclass
+class OperandNode(Node):
+    """A node that computes from operands at its own sites."""
+
+    operands: list[Operand] = field(default_factory=list)
+
+    def reads(self) -> list[Read]:
+        return [Read(p.ref) for pieces in self.operands for p in pieces if p.ref is not None]
+
+    def ready(self, done: list[Ready], known: Tensor) -> Ready:
+        """All channels when all lanes are."""
+        result = Ready.uniform(self.channels, self.grid)
+        for read in self.reads():
+            source = done[read.ref.node]
+            groups = source.group[list(read.ref.chans)].unique()
+            seen = look(source.times[groups], read.ref.at, self.grid).amax(0, keepdim=True)
+            result.times = torch.maximum(result.times, seen)
+        return result
+
+    def restrict(self, chans: list[int], places: Places) -> Node:
+        """Every channel needs every lane."""
+        operands = [restrict(pieces, list(range(pieces[-1].hi)), places) for pieces in self.operands]
+        return replace(self, channels=len(chans), operands=operands)
+
+    def blame(self, chan: int, i: int, j: int) -> Iterator[Cause]:
+        for read in self.reads():
+            for lane in range(len(read.ref.chans)):
+                yield Cause("", read.ref, lane, i, j)
+
+    def forget(self, live: set[int]) -> None:
+        self.operands = [
+            [p.constant() if p.ref is not None and p.ref.node not in live else p for p in pieces]
+            for pieces in self.operands
+        ]
+
+
+@dataclass
+class MapNode(OperandNode):
+    """out[c] = fn(operand_0[c], operand_1[c], ...; imm) at every site."""
+
+    fn: str = "copy"
+    imm: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.fn
+
+    def ready(self, done: list[Ready], known: Tensor) -> Ready:
+        dead = self.dead()
+        keys = torch.full((self.channels, len(self.operands)), -1, dtype=torch.int64)
+        sources: list[tuple[Ref, int]] = []
+        for k, pieces in enumerate(self.operands):
+            for piece in pieces:
+                if piece.ref is None:
+                    continue
+                group = done[piece.ref.node].group[list(piece.ref.chans)]
+                for g in group.unique().tolist():
+                    lanes = (group == g).nonzero()[:, 0] + piece.lo
+                    keys[lanes, k] = len(sources)
+                    sources.append((piece.ref, g))
+        extra = [torch.unique(d.reshape(self.channels, -1), dim=0, return_inverse=True)[1] for d in dead.values()]
+        rows, group = torch.unique(torch.cat([keys, *[e[:, None] for e in extra]], 1), dim=0, return_inverse=True)
+        first = torch.zeros(len(rows), dtype=torch.int64)
+        first[group] = torch.arange(self.channels)
+        times = torch.full((len(rows), *self.grid), NEVER, dtype=torch.int32)
+        for r, row in enumerate(rows.tolist()):
+            for k in range(len(self.operands)):
+                if row[k] < 0:
+                    continue
+                ref, g = sources[row[k]]
+                seen = look(done[ref.node].times[g : g + 1], ref.at, self.grid)[0]
+                if k in dead:
+                    seen = torch.where(dead[k][first[r]], NEVER, seen)
+                times[r] = torch.maximum(times[r], seen)
+        return Ready(group, times).merged()
+
+    def dead(self) -> dict[int, Tensor]:
+        """Per operand the elements [C, H, W] that cannot matter: factors of a constant zero, untaken branches."""
+        if self.fn in ("mul", "muladd"):
+            tests = ((0, 1, True), (1, 0, True))
+        elif self.fn == "where":
+            tests = ((1, 0, True), (2, 0, False))
+        else:
+            return {}
+        found = {k: self._constant(other, zero) for k, other, zero in tests}
+        return {k: hit for k, hit in found.items() if bool(hit.any())}
+
+    def _constant(self, operand: int, zero: bool) -> Tensor:
+        """Where an operand is a constant that is zero, or is not: [C, H, W]."""
+        hit = torch.zeros(self.channels, *self.grid, dtype=torch.bool)
+        for p in self.operands[operand]:
+            if p.const is not None:
+                c = p.const.reshape(p.const.shape[0], *(p.const.shape[1:] or (1, 1)))
+                hit[p.lo : p.hi] = (c == 0) if zero else (c != 0)
+        return hit
+
+    def restrict(self, chans: list[int], places: Places) -> Node:
+        operands = [restrict(pieces, chans, places) for pieces in self.operands]
+        for k, dead in self.dead().items():  # what cannot matter at any site is not waited for
+            if bool(dead[chans].all()):
+                operands[k] = [Piece(0, len(chans), const=torch.zeros(len(chans)))]
+        return replace(self, channels=len(chans), operands=operands)
+
+    def blame(self, chan: int, i: int, j: int) -> Iterator[Cause]:
+        dead = self.dead()
+        for k, pieces in enumerate(self.operands):
+            if k in dead and bool(dead[k][chan, i, j]):
+                continue
+            for p in pieces:
+                if p.ref is not None and p.lo <= chan < p.hi:
+                    yield Cause("", p.ref, chan - p.lo, i, j)
+
+    def emit(self, coder: Coder) -> int:
+        cuts = sorted({c for pieces in self.operands for p in pieces for c in (p.lo, p.hi)})
+        if self.fn == "copy" and len(cuts) == 2:  # the value itself, under another name
+            address = coder.address(self.operands[0][0], 0, self.channels)
+            if address >= 0:
+                return address
+        dst = coder.alloc(self.channels)
+        for lo, hi in itertools.pairwise(cuts):
+            args = []
+            for pieces in self.operands:
+                piece = next(p for p in pieces if p.lo <= lo and hi <= p.hi)
+                args.append(coder.address(piece, lo - piece.lo, hi - piece.lo))
+            a, b, c = (*args, 0, 0, 0)[:3]
+            coder.emit(self.fn, dst + lo, a, b, c, hi - lo, self.imm)
+        return dst
+
+
+@dataclass
+class ReduceNode(OperandNode):
+    """One channel: fn (sum, max, min) over all lanes of the operand."""
+
+    fn: str = "max"
+
+    @property
+    def name(self) -> str:
+        return self.fn
+
+    def emit(self, coder: Coder) -> int:
+        source = coder.whole(self.operands[0])
+        dst = coder.alloc(self.channels)
+        coder.emit(self.fn, dst, source, n=self.operands[0][-1].hi)
+        return dst

@@ -1,0 +1,61 @@
+"""The packed programs of a plan: one a length and dtype, kept for the last few."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgen.errors import UnsupportedError
+from fastgen.plan.build import SHORT, one_thread
+from fastgen.plan.plan import Plan, count, plan_stats
+from fastgen.program.pack import pack
+from fastgen.program.records import Program
+
+KEPT = 4
+
+
+class Programs:
+    """Packs a plan where an executor asks for it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._packed: dict[tuple[int | None, torch.dtype], Program] = {}
+        stats = self.stats()
+        plan.notes["memory"] = (
+            f"{count(stats['weight_bytes'])}B of weights, {count(stats['state_bytes_per_sample'])}B of "
+            f"activations per sample in flight"
+        )
+
+    def __call__(self, length: int | None = None, dtype: torch.dtype = torch.float32) -> Program:
+        """The program; `length` is the number of sites of a sequence. Raises UnsupportedError where the plan does not
+        hold for it."""
+        key = (self._length(length), dtype)
+        if key not in self._packed:
+            if len(self._packed) >= KEPT:
+                self._packed.pop(next(iter(self._packed)))
+            with one_thread():
+                self._packed[key] = pack(self.plan.schedule, self.plan.spec.native_head(), dtype, key[0])
+        return self._packed[key]
+
+    def stats(self) -> dict[str, float]:
+        """Figures for one sample of the planned size: work, weight bytes read at batch 1, instructions, memory."""
+        program = self()
+        return {
+            **plan_stats(self.plan),
+            "weight_bytes": float(program.weights.nbytes), "state_bytes_per_sample": 4.0 * program.arena,
+        }  # fmt: skip
+
+    def _length(self, length: int | None) -> int | None:
+        plan = self.plan
+        planned = plan.spec.grid[1]
+        if not plan.schedule.sequence:
+            if length not in (None, planned):
+                raise UnsupportedError(
+                    f"length {length}: planned for {planned} only; compile with a shape of at least {SHORT} sites"
+                )
+            return None
+        if length is not None and length > planned and planned < 2 * plan.reach:
+            raise UnsupportedError(
+                f"length {length}: the module looks {plan.reach} sites back, so compile with a shape of at least "
+                f"{2 * plan.reach} sites to sample more than {planned}"
+            )
+        return length

@@ -1,0 +1,198 @@
+"""The sampler: what compile gives, and all that can be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.backends.base import Executor, Setting
+from fastgen.backends.conditioning import Conditioning
+from fastgen.backends.registry import EXECUTORS
+from fastgen.backends.request import Request
+from fastgen.checks import conditioning_of, known_values, temperature_of, whole_number
+from fastgen.errors import ModelChangedError
+from fastgen.fingerprint import changed, check_finite, fingerprint
+from fastgen.likelihood import bits_per_dim, log_prob
+from fastgen.placement import on_cpu
+from fastgen.plan.build import build_plan
+from fastgen.plan.plan import Plan
+from fastgen.program.programs import Programs
+from fastgen.progress import Bar, Callback
+from fastgen.rng import seed_of
+from fastgen.spec import Spec
+from fastgen.stream import stream
+from fastgen.verify import VerifyReport, verify
+
+VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
+
+
+class Sampler:
+    """Samples of one module; made by :func:`compile`.
+
+    Attributes: plan (what runs per row and per site; print it), spec, receptive_field, backend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: Spec,
+        cond: tuple[Any, ...],
+        backend: str,
+        dtype: torch.dtype,
+        threads: int | None,
+        device: torch.device,
+        team: str,
+    ) -> None:
+        self.model, self.spec, self.example, self.dtype, self.backend = model, spec, cond, dtype, backend
+        self._threads, self._device, self._team = threads, device, team
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Plans again with the module's present weights."""
+        check_finite(self.model)
+        # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
+        model = self.on_cpu = on_cpu(self.model)
+        self.plan: Plan = build_plan(model, self.spec, self.example)
+        self.spec = replace(self.spec, head=self.plan.spec.head, layout=self.plan.spec.layout)
+        self.programs = Programs(self.plan)
+        self.conditioning = Conditioning(model, self.plan.spec, self.plan.graph)
+        setting = Setting(
+            self.model, self.spec, self.programs, self.conditioning, self.dtype, self._device, self._threads, self._team
+        )
+        self.executor: Executor = EXECUTORS[self.backend].make(setting)
+        if self.executor.describe():
+            self.plan.notes[self.executor.name] = self.executor.describe()
+        self._marks = fingerprint(self.model)
+
+    @property
+    def any_length(self) -> bool:
+        """A sequence whose length no conditioning decides."""
+        return self.plan.schedule.sequence and not any(isinstance(c, Tensor) for c in self.example)
+
+    @property
+    def receptive_field(self) -> tuple[int, ...]:
+        """Extent of the inputs that one output sees: (rows, columns), or (length,) for sequences."""
+        return self.plan.receptive_field
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | torch.Generator = 0,
+        cond: tuple[Any, ...] | None = None,
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        mask: Tensor | None = None,
+        first: int = 0,
+        length: int | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Draws n samples: float32 or int64 [n, *shape] on the sampler's device, ready for log_prob and `given=`.
+
+        seed: sample i of a seed depends on nothing else, neither on n nor on the batch. cond: forward's further inputs,
+        batch n (or 1, shared); default: the example of compile. temperature: > 0, divides logits and multiplies scales.
+        given, mask: values to keep where mask is true (in-painting, priming), shaped like the result. first: index of
+        the first sample, so that shards agree with the whole. length: sites of a sequence. callback(done, total) is
+        called as steps finish; returning False raises Cancelled. Raises ShapeError, ValueError, ModelChangedError.
+        """
+        request = self._request(n, seed, cond, temperature, given, mask, first, length)
+        spec = self._spec_at(length)
+        slots = self.executor.slots(request.length)
+        nothing = torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
+        parts = [nothing.to(self.executor.device)]
+        with Bar(progress, spec.steps * n) as bar:
+            for start in range(0, request.slots, slots):
+                part = request.rows(start, min(request.slots, start + slots))
+                part.progress = bar.watch(start * spec.steps, part.slots, spec.steps * n, callback)
+                parts.append(self.executor.run(part)[0])
+        return spec.result(torch.cat(parts))
+
+    def stream(self, n: int, **options: Any) -> Iterator[Tensor]:
+        """Rows (images) or chunks (sequences) of all n samples as they are made; closing the iterator cancels.
+
+        Options are those of sample, except progress and callback. Yields [n, C, rows, W] or [n, C, k], index layouts
+        without their C. Joined along the row or time axis they are what sample returns.
+        """
+        length = options.get("length")
+        defaults = dict(seed=0, cond=None, temperature=1.0, given=None, mask=None, first=0, length=None)
+        unknown = set(options) - set(defaults)
+        if unknown:
+            raise TypeError(f"stream: unknown option {sorted(unknown)[0]!r}; expected {', '.join(defaults)}")
+        request = self._request(n, **{**defaults, **options})
+        return stream(self.executor, self._spec_at(length), request) if request.slots else iter(())
+
+    def log_prob(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
+        """Log-likelihood of samples x [n, *shape] in nats: [n] (densities where values are continuous)."""
+        spec, values = self._values(x)
+        return log_prob(self.model, spec, values, self._cond(cond, len(x))).to(self.executor.device)
+
+    def bits_per_dim(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
+        """Negative log2-likelihood per value: [n]."""
+        return bits_per_dim(self.log_prob(x, cond), self._values(x)[0])
+
+    def verify(self, n: int = 2, seed: int = 0, length: int | None = None) -> VerifyReport:
+        """Samples n, runs forward once on the result, and compares every parameter and every draw.
+
+        length: sites of a sequence; by default those of compile, and at most 4,096 where conditioning allows.
+        """
+        n = whole_number(n, "n", "a number of samples", least=1)
+        self._check_weights()
+        if length is None and self.any_length:
+            length = min(self.spec.sites[0], VERIFY_SITES)
+        request = self._request(n, seed, None, 1.0, None, None, 0, length)
+        request.want_params = True
+        return verify(self.on_cpu, self._spec_at(length), self.executor, request, self.dtype)
+
+    # ---- checks on entry -----------------------------------------------------------------------------------------
+    def _request(
+        self,
+        n: int,
+        seed: Any,
+        cond: Any,
+        temperature: float,
+        given: Any,
+        mask: Any,
+        first: int,
+        length: int | None,
+    ) -> Request:
+        self._check_weights()
+        n = whole_number(n, "n", "a number of samples")
+        first = whole_number(first, "first", "a sample index", most=(1 << 63) - 1 - n)
+        spec = self._spec_at(length)
+        known, where = known_values(spec, given, mask, n)
+        # An image has no length; a plan for one length only says so when asked for another.
+        at = spec.grid[1] if self.plan.schedule.sequence or spec is not self.spec else None
+        return Request(n, seed_of(seed), first, temperature_of(temperature), self._cond(cond, n), known, where, at)
+
+    def _spec_at(self, length: int | None) -> Spec:
+        if length is None:
+            return self.spec
+        if not self.spec.sequence:
+            raise ValueError(f"length={length!r}: only sequences have a length; samples are {self.spec.shape}")
+        length = whole_number(length, "length", "a number of sites", least=1)
+        if length == self.spec.sites[0]:
+            return self.spec
+        if self.spec.order is not None:
+            raise ValueError(
+                f"length={length}: the order given at compile time holds for {self.spec.sites[0]} sites only"
+            )
+        return self.spec.at_length(length)
+
+    def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
+        spec = self._spec_at(self.spec.as_long_as(x).sites[0] if self.spec.sequence else None)
+        return spec, spec.values(x)
+
+    def _cond(self, cond: tuple[Any, ...] | None, n: int) -> tuple[Any, ...]:
+        return conditioning_of(self.example, cond, n, self.spec.sequence)
+
+    def _check_weights(self) -> None:
+        name = changed(self.model, self._marks)
+        if name is not None:
+            raise ModelChangedError(
+                f"{name} changed after the sampler was compiled; call sampler.refresh() (or compile again)"
+            )
