@@ -13,6 +13,7 @@ ARGS   ?=
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 CXXSRC := $(shell find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILDSRC := $(CXXSRC) csrc/functions.def
 BUILT  := $(wildcard fastgen/_native*.so)
 say     = @printf 'fastgen: %s\n' "$(1)"
 
@@ -31,7 +32,7 @@ $(VENV)/.made:
 	@touch $@
 
 # A second run compiles only what changed: setup.py keeps its build folder.
-$(VENV)/.built: $(VENV)/.made pyproject.toml setup.py CMakeLists.txt $(CXXSRC) $(if $(BUILT),,FORCE)
+$(VENV)/.built: $(VENV)/.made pyproject.toml setup.py CMakeLists.txt $(BUILDSRC) $(if $(BUILT),,FORCE)
 	$(call say,building the extension and installing the package)
 	@$(PIP) install --no-build-isolation -e ".[test]"
 	@touch $@

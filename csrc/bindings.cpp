@@ -13,6 +13,7 @@
 
 #include "cpu/executor.h"
 #include "cpu/machine.h"
+#include "functions.h"
 #include "heads.h"
 #include "plan.h"
 #include "python_tables.h"
@@ -174,9 +175,18 @@ py::array_t<float> map(int32_t fn, const Floats& a, const py::object& b, const p
   std::copy(imm.begin(), imm.end(), m);
   const Floats y = operands > 1 ? shaped<float>(b, "b", shape) : a;
   const Floats z = operands > 2 ? shaped<float>(c, "c", shape) : a;
-  py::array_t<float> out(fn >= kSum ? std::vector<py::ssize_t>{1} : shape);
+  py::array_t<float> out(function_kind(fn) == FunctionKind::Reduce ? std::vector<py::ssize_t>{1} : shape);
   kernels_for(isa).map[fn](out.mutable_data(), a.data(), y.data(), z.data(), static_cast<int>(a.size()), m);
   return out;
+}
+
+// (name, code, operands) of every function of vector programs.
+py::list functions() {
+  py::list all;
+#define FG_FUNCTION(kind, name, code, operands, cycles) all.append(py::make_tuple(#name, code, operands));
+#include "functions.def"
+#undef FG_FUNCTION
+  return all;
 }
 
 py::dict dtypes() {
@@ -211,11 +221,12 @@ PYBIND11_MODULE(_native, m) {
   PYBIND11_NUMPY_DTYPE(Op, tap0, ntaps, acc, k, weights, bias, site_bias, partial, code0, ncode, scratch, up_i, up_j,
                        par_i, par_j, q_rows, q_cols, advance);
   PYBIND11_NUMPY_DTYPE(Item, op, q0, count, qstep);
-  PYBIND11_NUMPY_DTYPE(Head, kind, channels, phases, n, levels, params, tap0, tap_ptr, input, enc, table, delay, start,
+  PYBIND11_NUMPY_DTYPE(Head, kind, channels, phases, n, levels, params, input, enc, table, delay, start,
                        floor_log_scale, clip_lo, clip_hi);
   py::register_exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   m.def("isas", &supported_isas, "Instruction sets this machine runs, slowest first.");
   m.def("cpu_isa", [] { return supported_isas().back(); }, "The best of isas().");
+  m.def("functions", &functions, "(name, code, operands) of every function of functions.def.");
   m.def("dtypes", &dtypes, "Structured dtypes of the table records, by name of the C struct.");
   m.def("draw", &draw, py::arg("head"), py::arg("params"), py::arg("uniforms"), py::arg("temperature") = 1.0f,
         "params [n, P] and uniforms [n, U] -> values [n, V].");

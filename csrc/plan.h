@@ -51,35 +51,12 @@ struct Micro {
   int32_t fn, dst, a, b, c, n;
   float imm0, imm1, imm2;
 };
-enum Fn : int32_t {
-  // movement
-  kLoad = 0,   // dst[0,n) = tap `a` (index into taps); imm0 where it is outside
-  kStore = 1,  // buffer b, channels [c, c+n), at the dst site  <- scratch[a]
-  kEmbed = 2,  // dst[0,n) = consts[b + row*n ...], row = (int)scratch[a], clamped to [0, (int)imm0)
-  kGather = 3, // dst[k] = scratch[a + (int)consts[b + k]]
-  kCopy = 4,
-  kFill = 5,   // dst = imm0
-  kBroadcast = 6,  // dst[0,n) = a[0]
-  // unary
-  kNeg = 16, kExp, kLog, kTanh, kSigmoid, kRelu, kAbs, kSqrt, kRsqrt, kSin, kCos, kReciprocal, kLog1p, kExpm1,
-  kErf, kSign, kFloor, kCeil, kRound /* to even */, kTrunc, kNot /* a == 0 */,
-  kSilu, kGelu /* erf form */, kGeluTanh,
-  kElu,         // x>0 ? imm1*x : imm1*imm0*expm1(x*imm2)        (alpha, scale, input_scale)
-  kLeakyRelu,   // slope imm0
-  kSoftplus,    // beta imm0, threshold imm1
-  kClamp,       // [imm0, imm1]
-  kAffine,      // a*imm0 + imm1
-  kPowScalar,   // a ** imm0
-  kScalarPow,   // imm0 ** a
-  // binary
-  kAdd = 64, kSub, kMul, kDiv, kMaximum, kMinimum, kPow,
-  kEq, kNe, kGt, kGe, kLt, kLe, kAnd, kOr, kRemainder /* python sign */,
-  kMulAdd,      // a*b + c
-  // ternary
-  kWhere = 96,  // a != 0 ? b : c
-  // reductions over n elements to dst[0], ascending order
-  kSum = 112, kMax, kMin,
+enum Fn : int32_t {  // what each does, and all else that is known of it: functions.def
+#define FG_FUNCTION(kind, name, code, operands, cycles) k##name = code,
+#include "functions.def"
+#undef FG_FUNCTION
 };
+constexpr int kFunctions = 128;  // codes are below
 
 struct Op {
   int32_t tap0, ntaps;  // linear part; may be 0
@@ -103,8 +80,8 @@ struct Item {
 
 enum HeadKind : int32_t { kLogisticMixture = 0, kCategorical = 1, kBernoulli = 2, kGaussianMixture = 3 };
 
-// How the parameters at a site become a value. `phases` steps per site (one value channel a step) or, for a head that
-// draws a pixel at once, one step per site.
+// How the parameters at a site become a value. `phases` steps per site (step_phase says which value channel a step draws)
+// or, for a head that draws a pixel at once, one step per site.
 struct Head {
   int32_t kind;
   int32_t channels;      // value channels per site (C)
@@ -112,8 +89,6 @@ struct Head {
   int32_t n;             // mixtures, or classes
   int32_t levels;        // LogisticMixture: grid of `levels` values on [-1, 1]; 0: unrounded
   int32_t params;        // parameters per step
-  int32_t tap0;          // parameter taps, phase after phase: [tap_ptr[f], tap_ptr[f+1]), concatenated in order
-  int32_t tap_ptr[65];   // phases <= 64
   int32_t input;         // buffer the encoded value goes to
   int32_t enc;           // encoded channels per value channel; value channel c -> input channels [c*enc, (c+1)*enc)
   int32_t table;         // offset in consts of [classes][enc]; -1: the value itself (enc = 1)
@@ -130,7 +105,9 @@ struct Program {
   const Op* ops;          int32_t nops;
   const Item* row_items;  const int32_t* row_ptr;    // [rows_per_period + 1]
   const Item* step_items; const int32_t* step_ptr;   // [period + 1]
-  const int32_t* step_site;                          // [period]: site (i*cols + j) drawn at a step; sequences: step / phases
+  const int32_t* step_site;                          // [period]: site (i*cols + j) drawn at a step; later periods: + advance
+  const int32_t* step_phase;                         // [period]: which of its site's draws the step is
+  const int32_t* param_ptr;                          // [phases + 1]: phase f's parameters are taps [param_ptr[f], param_ptr[f+1])
   const void* weights;    int32_t weight_bits;       // 32: float, 16: bfloat16
   int64_t nweights;                                  // elements
   const float* consts;    int64_t nconsts;
@@ -141,6 +118,11 @@ struct Program {
   int32_t period;         // steps after which the schedule repeats (images: all of them)
   int64_t arena;          // floats of state per slot
 };
+
+// The site of a step: the table's in its period, moved on by the sites of a period for every period before.
+inline int64_t site_of_step(const Program& p, int64_t step) {
+  return p.step_site[step % p.period] + step / p.period * (p.period / p.head.phases);
+}
 
 // One call: samples [first, first + slots) of `seed`, in lockstep.
 struct RunArgs {

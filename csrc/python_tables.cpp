@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 
 namespace py = pybind11;
@@ -58,7 +59,9 @@ HeldProgram read_program(const py::dict& t) {
              step_items = table<Item>(t, "step_items", &held.arrays);
   const auto row_ptr = table<int32_t>(t, "row_ptr", &held.arrays),
              step_ptr = table<int32_t>(t, "step_ptr", &held.arrays);
-  const auto step_site = table<int32_t>(t, "step_site", &held.arrays);
+  const auto step_site = table<int32_t>(t, "step_site", &held.arrays),
+             step_phase = table<int32_t>(t, "step_phase", &held.arrays),
+             param_ptr = table<int32_t>(t, "param_ptr", &held.arrays);
   const auto consts = table<float>(t, "consts", &held.arrays);
   const auto head = table<Head>(t, "head", &held.arrays);
   p.buffers = buffers.data(), p.nbuffers = length(buffers, "buffers");
@@ -68,12 +71,14 @@ HeldProgram read_program(const py::dict& t) {
   length(row_ptr, "row_ptr", p.period / p.row_len + 1);
   length(step_ptr, "step_ptr", int64_t{p.period} + 1);
   length(step_site, "step_site", p.period);
+  length(step_phase, "step_phase", p.period);
   length(row_items, "row_items", row_ptr.data()[row_ptr.size() - 1]);
   length(step_items, "step_items", step_ptr.data()[step_ptr.size() - 1]);
   length(head, "head", 1);
+  length(param_ptr, "param_ptr", int64_t{std::max(head.data()->phases, 0)} + 1);
   p.row_items = row_items.data(), p.row_ptr = row_ptr.data();
   p.step_items = step_items.data(), p.step_ptr = step_ptr.data();
-  p.step_site = step_site.data();
+  p.step_site = step_site.data(), p.step_phase = step_phase.data(), p.param_ptr = param_ptr.data();
   p.consts = consts.data(), p.nconsts = consts.size();
   p.head = *head.data();
   py::array weights;

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "functions.h"
+
 namespace fastgen {
 namespace {
 
@@ -27,7 +29,7 @@ void check_sizes(const Program& p) {
   if (p.rows < 1 || p.cols < 1) fail("program: rows x cols is ", p.rows, " x ", p.cols, ", expected at least 1 x 1");
   const int64_t sites = static_cast<int64_t>(p.rows) * p.cols;
   if (sites > INT32_MAX) fail("program: ", sites, " sites, expected fewer than 2^31");
-  if (p.head.phases < 1 || p.head.phases > 64) fail("head: phases is ", p.head.phases, ", expected 1 to 64");
+  if (p.head.phases < 1 || p.head.phases > (1 << 24)) fail("head: phases is ", p.head.phases, ", expected 1 to 2^24");
   if (p.steps < 1 || p.steps > sites * p.head.phases)
     fail("program: steps is ", p.steps, ", expected 1 to sites x phases = ", sites * p.head.phases);
   if (p.period < 1 || p.row_len < 1 || p.period % p.row_len != 0)
@@ -35,8 +37,14 @@ void check_sizes(const Program& p) {
   if (p.weight_bits != 32 && p.weight_bits != 16)
     fail("program: weight_bits is ", p.weight_bits, ", expected 32 or 16");
   if (p.arena < 0 || p.arena > (int64_t{1} << 40)) fail("program: arena is ", p.arena, " floats, expected 0 to 2^40");
-  for (int32_t t = 0; t < p.period; ++t)
+  for (int32_t t = 0; t < p.period; ++t) {
     if (!inside(p.step_site[t], 1, sites)) fail("step_site ", t, ": site ", p.step_site[t], " of ", sites);
+    if (!inside(p.step_phase[t], 1, p.head.phases))
+      fail("step_phase ", t, ": phase ", p.step_phase[t], " of ", p.head.phases);
+    const int64_t last = t + (p.steps - 1 - t) / p.period * p.period;  // of the steps that this entry serves
+    if (t < p.steps && site_of_step(p, last) >= sites)
+      fail("step_site ", t, ": step ", last, " is at site ", site_of_step(p, last), " of ", sites);
+  }
 }
 
 void check_buffer(const Program& p, int32_t index) {
@@ -101,13 +109,14 @@ class ScratchCheck {
     index_ = index;
     const Micro& m = p_.code[index];
     if (m.n < 1) bad("n is ", m.n, ", expected at least 1");
-    if (m.fn < kNeg) {
+    const FunctionKind kind = function_kind(m.fn);
+    if (kind == FunctionKind::None) bad("unknown function");
+    if (kind == FunctionKind::Move) {
       movement(m);
       return;
     }
     const int operands = arity(m.fn);
-    if (operands == 0) bad("unknown function");
-    const int32_t out = m.fn >= kSum ? 1 : m.n;
+    const int32_t out = kind == FunctionKind::Reduce ? 1 : m.n;
     read(m, "a", m.a, m.n, out);
     if (operands > 1) read(m, "b", m.b, m.n, out);
     if (operands > 2) read(m, "c", m.c, m.n, out);
@@ -240,7 +249,7 @@ int32_t least_params(const Head& h) {
 
 void check_head(const Program& p) {
   const Head& h = p.head;
-  if (h.channels < 1 || h.channels > 64) fail("head: channels is ", h.channels, ", expected 1 to 64");
+  if (h.channels < 1 || h.channels > (1 << 24)) fail("head: channels is ", h.channels, ", expected 1 to 2^24");
   if (h.n < 1 || h.n > (1 << 22)) fail("head: n is ", h.n, ", expected 1 to 2^22");
   if (h.phases != 1 && h.phases != h.channels)
     fail("head: phases is ", h.phases, ", expected 1 or channels = ", h.channels);
@@ -252,11 +261,11 @@ void check_head(const Program& p) {
   if (h.kind == kLogisticMixture && (h.levels < 0 || h.levels == 1)) fail("head: levels is ", h.levels);
   if (h.delay != 0 && h.delay != 1) fail("head: delay is ", h.delay, ", expected 0 or 1");
   for (int32_t f = 0; f < h.phases; ++f) {
-    const int32_t first = h.tap_ptr[f], last = h.tap_ptr[f + 1];
-    if (first < 0 || last < first || !inside(int64_t{h.tap0} + first, last - first, p.ntaps) || h.tap0 < 0)
-      fail("head: phase ", f, " has taps [", first, ", ", last, ") from ", h.tap0, " of ", p.ntaps);
+    const int32_t first = p.param_ptr[f], last = p.param_ptr[f + 1];
+    if (last < first || !inside(first, int64_t{last} - first, p.ntaps))
+      fail("param_ptr ", f, ": taps [", first, ", ", last, ") of ", p.ntaps);
     int64_t n = 0;
-    for (int32_t t = first; t < last; ++t) n += p.taps[h.tap0 + t].nchan;
+    for (int32_t t = first; t < last; ++t) n += p.taps[t].nchan;
     if (n != h.params) fail("head: phase ", f, " gathers ", n, " parameters, expected ", h.params);
   }
   if (!inside(h.input, 1, p.nbuffers)) fail("head: input buffer ", h.input, " of ", p.nbuffers);
@@ -277,13 +286,6 @@ void check_head(const Program& p) {
 }
 
 }  // namespace
-
-int arity(int32_t fn) {
-  if (fn >= kNeg && fn <= kScalarPow) return 1;
-  if (fn >= kAdd && fn <= kRemainder) return 2;
-  if (fn == kMulAdd || fn == kWhere) return 3;
-  return fn >= kSum && fn <= kMin ? 1 : 0;
-}
 
 int32_t num_conds(const Program& p) {
   int64_t n = 0;

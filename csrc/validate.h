@@ -8,10 +8,6 @@ namespace fastgen {
 // table, or when an op reads scratch that nothing has written.
 void validate(const Program& program);
 
-// How many micro-op operands (a, b, c) are channel vectors, for the functions from kNeg on; 0 for movement and for
-// numbers that are no function. Reductions count 1.
-int arity(int32_t fn);
-
 // Number of arrays RunArgs::cond must hold: one more than the largest index a Cond buffer names.
 int32_t num_conds(const Program& program);
 

@@ -52,6 +52,11 @@ class Spec:
             raise ValueError("predicts='next' is for sequences (layouts CT and T)")
         if self.vector and self.head.enc != 1:
             raise ShapeError(f"shape {self.shape}: a vector of values encoded in {self.head.enc} channels each")
+        if self.vector and self.head.at_once and self.shape[0] > 1:
+            raise ShapeError(
+                f"shape {self.shape} with layout 'D': {self.head.name} draws all values of a site at once, and those of a "
+                f"vector share one site; expected a head that draws one value a step, or layout 'T'"
+            )
         width = self.input_channels
         if width % self.head.enc:
             raise ShapeError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ class Case:
     predicts: Literal["same", "next"] = "same"
     layout: str | None = None
     start: float | None = None  # predicts="next": the value (class index) in front; None: zeros
+    order: Tensor | None = field(default=None, compare=False)  # the step of every site or value; None: raster
 
     def __str__(self) -> str:
         return self.name
@@ -65,6 +66,25 @@ class Case:
         """Draws of one sample."""
         return math.prod(self.sites) * (1 if self.head.at_once else self.channels)
 
+    @property
+    def positions(self) -> Tensor:
+        """Of every step, in raster order with the values of a site in turn: int64 [steps]."""
+        if self.order is None:
+            return torch.arange(self.steps)
+        each = self.steps // math.prod(self.sites)
+        order = self.order.reshape(-1, math.prod(self.sites))  # [1 or values of a site, sites]
+        if len(order) < each:
+            order = order * each + torch.arange(each)[:, None]
+        return torch.argsort(order.t().reshape(-1))
+
+    def by_step(self, values: Tensor) -> Tensor:
+        """Values [n, *sites, C] in drawing order: [n, steps, V]."""
+        return values.reshape(values.shape[0], self.steps, -1)[:, self.positions]
+
+    def from_steps(self, drawn: Tensor) -> Tensor:
+        """The inverse of by_step."""
+        return drawn[:, torch.argsort(self.positions)].reshape(drawn.shape[0], *self.sites, self.channels)
+
     def to_input(self, values: Tensor) -> Tensor:
         """Values [B, *sites, C] (class indices or levels) -> forward's input [B, *shape]."""
         x = values.long() if self.head.integer_input else self.head.encode(values)
@@ -72,15 +92,15 @@ class Case:
         return moved
 
     def parameters(self, model: nn.Module, values: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
-        """One forward on values [B, *sites, C] -> parameters [B, steps, P]; the one `cond` serves the whole
-        batch.
+        """One forward on values [B, *sites, C] -> parameters [B, steps, P] in drawing order; the one `cond` serves
+        the whole batch.
         """
         n = values.shape[0]
         cond = self.cond() if cond is None else cond
         further = [c.repeat(n, *[1] * (c.dim() - 1)) if isinstance(c, Tensor) else c for c in cond]
         with torch.inference_mode():
             out = self.head.arrange(model(self.to_input(values), *further), self.channels, self.sites)
-        return out.reshape(n, self.steps, -1)
+        return out.reshape(n, self.steps, -1)[:, self.positions]
 
     def random_values(self, n: int, generator: torch.Generator) -> Tensor:
         """Values [n, *sites, C] such as the head could draw."""
@@ -125,7 +145,7 @@ def assert_causal(case: Case, batch: int = 64) -> None:
     model, generator = case.build().eval(), torch.Generator().manual_seed(1)
     base = case.random_values(1, generator)
     other = changed(case, base, generator)
-    step = torch.arange(case.steps).reshape(*case.sites, -1).expand(*case.sites, case.channels)
+    step = torch.argsort(case.positions).reshape(*case.sites, -1).expand(*case.sites, case.channels)
     last = 0 if case.predicts == "next" else -1  # step t may read inputs up to t + last
     expected = case.parameters(model, base)[0]
     tolerance = 1e-5 * max(1.0, expected.abs().max().item())

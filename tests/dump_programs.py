@@ -16,7 +16,8 @@ from tests.oracle import compile_case
 
 NUMBERS = ("rows", "cols", "steps", "row_len", "period", "arena")
 TABLES = (
-    "buffers", "taps", "code", "ops", "row_items", "row_ptr", "step_items", "step_ptr", "step_site", "consts", "head",
+    "buffers", "taps", "code", "ops", "row_items", "row_ptr", "step_items", "step_ptr", "step_site", "step_phase", "param_ptr",
+    "consts", "head",
     "weights",
 )  # fmt: skip
 

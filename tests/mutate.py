@@ -17,7 +17,20 @@ from fastgen.backends.request import Request
 from fastgen.native import native
 from tests.oracle import by_name, compile_case
 
-TABLES = ("buffers", "taps", "code", "ops", "row_items", "step_items", "head", "row_ptr", "step_ptr", "step_site")
+TABLES = (
+    "buffers",
+    "taps",
+    "code",
+    "ops",
+    "row_items",
+    "step_items",
+    "head",
+    "row_ptr",
+    "step_ptr",
+    "step_site",
+    "step_phase",
+    "param_ptr",
+)
 NUMBERS = ("rows", "cols", "steps", "row_len", "period", "arena")
 INTS = (
     -(2**31),

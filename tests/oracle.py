@@ -23,7 +23,7 @@ def by_name(*names: str) -> list[Case]:
 
 def compile_case(case: Case, **options: Any) -> Sampler:
     """fastgen.compile with all that a case says; one thread, and not verified unless asked to."""
-    said = dict(layout=case.layout, predicts=case.predicts, start=case.start, verify=False)
+    said = dict(layout=case.layout, predicts=case.predicts, start=case.start, order=case.order, verify=False)
     if options.get("backend") not in ("reference", "naive"):
         said["threads"] = 1
     return fastgen.compile(case.build(), case.shape, case.head, case.cond(), **{**said, **options})
@@ -52,7 +52,7 @@ def parameters(case: Case, model: nn.Module, values: Tensor, cond: tuple[Any, ..
     """One forward on values [n, *sites, C], conditioning at batch n -> parameters [n, steps, P] in drawing order."""
     with torch.no_grad():
         out = model(forward_input(case, values).to(_floating(model, case)), *cond)
-    return case.head.arrange(out, case.channels, case.sites).reshape(values.shape[0], case.steps, -1)
+    return case.head.arrange(out, case.channels, case.sites).reshape(values.shape[0], case.steps, -1)[:, case.positions]
 
 
 def _floating(model: nn.Module, case: Case) -> torch.dtype:
@@ -82,13 +82,13 @@ def slow_sample(
     u = noise_of(case, n, seed, first)
     per_step = case.channels if case.head.at_once else 1
     values = torch.zeros(n, case.steps, per_step)
-    kept = None if known is None else known.reshape(n, case.steps, per_step)
+    kept = None if known is None else case.by_step(known)
     params = []
     for t in range(case.steps):
-        theta = parameters(case, model, values.reshape(n, *case.sites, case.channels), cond)[:, t]
+        theta = parameters(case, model, case.from_steps(values), cond)[:, t]
         params.append(theta)
         values[:, t] = case.head.draw(theta, u[:, t], temperature, None if kept is None else kept[:, t])
-    return values.reshape(n, *case.sites, case.channels), torch.stack(params, 1)
+    return case.from_steps(values), torch.stack(params, 1)
 
 
 def values_of(case: Case, x: Tensor) -> Tensor:
@@ -114,9 +114,8 @@ def assert_same_samples(case: Case, ours: Tensor, slow: Tensor, params: Tensor, 
     if not case.head.discrete and not case.head.grid_levels:
         torch.testing.assert_close(ours, slow, atol=2e-3, rtol=2e-3)
         return
-    n = ours.shape[0]
-    a, b = (x.reshape(n, case.steps, -1) for x in (ours, slow))
-    u = noise_of(case, n, seed, first)
+    a, b = case.by_step(ours), case.by_step(slow)
+    u = noise_of(case, len(ours), seed, first)
     for i, t in enumerate((a != b).any(-1).int().argmax(1).tolist()):
         if torch.equal(a[i, t], b[i, t]):
             continue
@@ -128,7 +127,7 @@ def assert_same_samples(case: Case, ours: Tensor, slow: Tensor, params: Tensor, 
 def assert_draws_follow(case: Case, values: Tensor, truth: Tensor, u: Tensor) -> None:
     """Values [n, *sites, C] are what teacher-forced parameters [n, steps, P] and noise [n, steps, U] give, or lie within
     what an error of 1e-5 of the parameters' scale explains."""
-    drawn, again = values.reshape(*truth.shape[:2], -1), case.head.draw(truth, u)
+    drawn, again = case.by_step(values), case.head.draw(truth, u)
     differ = (drawn != again).any(-1)
     theta = truth[differ]
     error = 1e-5 * theta.abs().amax(-1, keepdim=True).clamp(min=1.0)

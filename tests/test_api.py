@@ -235,7 +235,7 @@ def test_log_prob(case: Case, compiled: Compiled) -> None:
     x = sample_of(case, values)
     nats = sampler.log_prob(x, cond)
     theta = parameters(case, case.build().eval(), values, cond).double()
-    per_step = values.reshape(3, case.steps, -1).double()
+    per_step = case.by_step(values).double()
     slow = torch.stack([case.head.log_prob(theta[:, t], per_step[:, t]) for t in range(case.steps)], 1).sum(1)
     torch.testing.assert_close(nats, slow, rtol=1e-5, atol=1e-4)
     values_count = values[0].numel()

@@ -113,7 +113,7 @@ def test_draws_take_the_noise_of_their_step(case: Case, compiled: Compiled) -> N
     values, params = run(compiled(case).executor, case, 3)
     u = rng.uniforms(3, torch.arange(3), torch.arange(case.steps), case.head.num_uniforms(case.channels))
     again = case.head.draw(params, u)
-    drawn = values.reshape(3, case.steps, -1)
+    drawn = case.by_step(values)
     if case.head.discrete or case.head.grid_levels:
         assert torch.equal(drawn, again)
     else:

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import Sampler
+from fastgen.backends import reference
 from fastgen.heads import Bernoulli, Categorical
 from fastgen.models import build
 from fastgen.native import native
 from fastgen.plan.plan import classes, plan_stats
 from fastgen.program import records as T
+from fastgen.program.functions import function_codes
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.oracle import at_length, by_name, compile_case
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "plan.h"
+FUNCTIONS = SOURCE.parent / "functions.def"
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -50,8 +53,17 @@ def parse_enum(name: str) -> dict[str, int]:
 
 
 def test_function_codes_are_those_of_the_header() -> None:
-    assert parse_enum("Fn") == T.FN
-    assert {c: n for n, c in T.FN.items()} == T.FN_NAME
+    lines = re.findall(r"^FG_FUNCTION\((\w+), (\w+), (\d+), (\d), (\d+)\)", FUNCTIONS.read_text(), re.MULTILINE)
+    assert len(lines) > 50 and len({line[2] for line in lines}) == len(lines)
+    assert {name.lower(): int(code) for _, name, code, _, _ in lines} == function_codes()
+    assert native().functions() == [(name, int(code), int(operands)) for _, name, code, operands, _ in lines]
+    assert all(int(operands) == 0 for kind, _, _, operands, _ in lines if kind == "Move")
+
+
+def test_the_reference_knows_every_function() -> None:
+    known = {"load", "store", "embed", "gather", "fill", "broadcast", "where", "muladd"}
+    known |= set(reference.UNARY) | set(reference.WITH_IMM) | set(reference.BINARY) | set(reference.REDUCE)
+    assert known == set(function_codes())
 
 
 def test_constants_are_those_of_the_header() -> None:

@@ -228,7 +228,7 @@ def check_length(sampler: Sampler, case: Case, length: int) -> None:
     values = values_of(here, sampler.sample(2, seed=length, length=length))
     truth = parameters(here, here.build().eval(), values, ())
     again = here.head.draw(truth, noise_of(here, 2, length))
-    drawn = values.reshape(2, here.steps, -1)
+    drawn = here.by_step(values)
     near = here.head.near_tie(
         truth, truth + 1e-5 * max(1.0, float(truth.abs().max())), noise_of(here, 2, length), drawn
     )

@@ -4,7 +4,7 @@ case is.
 
 from __future__ import annotations
 
-from tests import zoo_audio, zoo_bad, zoo_colour, zoo_masked, zoo_stacks, zoo_unets, zoo_vectors
+from tests import zoo_audio, zoo_bad, zoo_colour, zoo_masked, zoo_orders, zoo_stacks, zoo_unets, zoo_vectors
 from tests.cases import BadCase, Case
 
 CASES: list[Case] = [
@@ -14,5 +14,6 @@ CASES: list[Case] = [
     *zoo_unets.CASES,
     *zoo_audio.CASES,
     *zoo_vectors.CASES,
+    *zoo_orders.CASES,
 ]
 BAD: list[BadCase] = zoo_bad.BAD

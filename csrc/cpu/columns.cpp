@@ -1,4 +1,4 @@
-// Columns of a stage. The linear part is a rectangle, panels x columns, cut into tiles (kernels.cpp); the vector
+// Columns of an op. The linear part is a rectangle, panels x columns, cut into tiles (kernels.cpp); the vector
 // program then runs column by column.
 #include "columns.h"
 
@@ -17,9 +17,9 @@ int64_t floor_div(int64_t a, int32_t b) {
 }
 
 // Columns whose scratch stays in a core's second-level cache.
-int64_t block_of(const Stage& stage) {
+int64_t block_of(const ReadyOp& ready) {
   constexpr int64_t kFloats = 64 << 10;
-  return std::clamp<int64_t>(kFloats / (stage.stride + 1), 1, Columns::kBlock);
+  return std::clamp<int64_t>(kFloats / (ready.stride + 1), 1, Columns::kBlock);
 }
 
 }  // namespace
@@ -27,7 +27,7 @@ int64_t block_of(const Stage& stage) {
 Columns::Columns(const Run& run) : run_(run), program_(run.tables.program()), slots_(run.args.slots) {
   x_.resize(run.tables.max_taps * kBlock);
   int64_t floats = 0;
-  for (const Stage& s : run.tables.stages()) floats = std::max(floats, s.stride * block_of(s));
+  for (const ReadyOp& s : run.tables.ready_ops()) floats = std::max(floats, s.stride * block_of(s));
   scratch_ = Pages(sizeof(float) * floats, "scratch");
   params_.resize(program_.head.params);
   uniforms_.resize((head_uniforms(program_.head) + 3) / 4 * 4);  // they are made four at a time
@@ -35,22 +35,22 @@ Columns::Columns(const Run& run) : run_(run), program_(run.tables.program()), sl
   known_.resize(program_.head.channels);
 }
 
-void Columns::compute(const Stage& stage, Range columns) {
-  const int64_t block = block_of(stage);
+void Columns::compute(const ReadyOp& ready, Range columns) {
+  const int64_t block = block_of(ready);
   float* scratch = scratch_.as<float>();
   for (int64_t c = columns.begin; c < columns.end; c += block) {
     const Range part{c, std::min(c + block, columns.end)};
-    linear(stage, part, {0, stage.panels}, scratch);
-    for (int64_t i = part.begin; i < part.end; ++i) program(stage, i, scratch + (i - c) * stage.stride);
+    linear(ready, part, {0, ready.panels}, scratch);
+    for (int64_t i = part.begin; i < part.end; ++i) program(ready, i, scratch + (i - c) * ready.stride);
   }
 }
 
-void Columns::linear(const Stage& stage, Range columns, Range panels, float* scratch) {
+void Columns::linear(const ReadyOp& ready, Range columns, Range panels, float* scratch) {
   if (panels.begin == panels.end || columns.begin == columns.end) return;
-  start_columns(stage, columns, panels, scratch);
-  if (stage.op.k == 0) return;
-  point_columns(stage, columns);
-  run_tiles(stage, columns.end - columns.begin, panels, scratch);
+  start_columns(ready, columns, panels, scratch);
+  if (ready.op.k == 0) return;
+  point_columns(ready, columns);
+  run_tiles(ready, columns.end - columns.begin, panels, scratch);
 }
 
 // Where tap `tap` of iteration site (i, j) is read in slot 0, or null when that is out of bounds.
@@ -62,9 +62,9 @@ const float* Columns::source(const Tap& t, int64_t i, int64_t j) const {
 }
 
 // Out-of-bounds taps read zeros rather than being skipped: the same operations whatever the neighbours in the tile.
-void Columns::point_columns(const Stage& stage, Range columns) {
-  for (int32_t t = 0; t < stage.op.ntaps; ++t) {
-    const Tap& tap = stage.taps[t];
+void Columns::point_columns(const ReadyOp& ready, Range columns) {
+  for (int32_t t = 0; t < ready.op.ntaps; ++t) {
+    const Tap& tap = ready.taps[t];
     const int64_t step = run_.places[tap.buf].slot;
     const float** x = x_.data() + t * kBlock;
     int64_t slot = columns.begin % slots_;
@@ -76,12 +76,12 @@ void Columns::point_columns(const Stage& stage, Range columns) {
 }
 
 // bias + site_bias + partial: what the accumulators start from.
-void Columns::start_columns(const Stage& stage, Range columns, Range panels, float* scratch) {
-  const Op& op = stage.op;
+void Columns::start_columns(const ReadyOp& ready, Range columns, Range panels, float* scratch) {
+  const Op& op = ready.op;
   const int64_t first = panels.begin * kPanel, padded = panels.end * kPanel - first;
   const int n = static_cast<int>(std::min<int64_t>(op.acc - first, padded));
   for (int64_t c = columns.begin; c < columns.end; ++c) {
-    float* acc = scratch + (c - columns.begin) * stage.stride + first;
+    float* acc = scratch + (c - columns.begin) * ready.stride + first;
     if (op.bias >= 0)
       std::memcpy(acc, program_.consts + op.bias + first, padded * sizeof(float));
     else
@@ -89,17 +89,17 @@ void Columns::start_columns(const Stage& stage, Range columns, Range panels, flo
     for (const int32_t buffer : {op.site_bias, op.partial}) {
       if (buffer < 0) continue;
       const Site q = run_.sites[c / slots_];
-      const Place& place = run_.places[buffer];
+      const BufferPlace& place = run_.places[buffer];
       const float* more = place.at(int64_t{q.i} * op.up_i + op.par_i, int64_t{q.j} * op.up_j + op.par_j, 0);
       run_.kernels.add(acc, more + c % slots_ * place.slot + first, n);
     }
   }
 }
 
-void Columns::run_tiles(const Stage& stage, int64_t columns, Range panels, float* scratch) {
+void Columns::run_tiles(const ReadyOp& ready, int64_t columns, Range panels, float* scratch) {
   const Kernels& k = run_.kernels;
   const bool half = program_.weight_bits == 16;
-  const int64_t step = static_cast<int64_t>(stage.op.k) * kPanel, ld = stage.stride;
+  const int64_t step = static_cast<int64_t>(ready.op.k) * kPanel, ld = ready.stride;
   // As many panels at a time as leave registers for all columns; when columns abound, the tile that is best for that.
   int most = kMaxPanels;
   while (most > k.gemm_panels && k.max_columns[most] < columns) --most;
@@ -108,28 +108,28 @@ void Columns::run_tiles(const Stage& stage, int64_t columns, Range panels, float
     const Range part = share(panels.end - panels.begin, groups, g);
     const int height = static_cast<int>(part.end - part.begin);
     const int64_t first = panels.begin + part.begin;
-    const char* weights = stage.weights + first * step * run_.tables.weight_bytes();
+    const char* weights = ready.weights + first * step * run_.tables.weight_bytes();
     const int64_t tiles = (columns + k.max_columns[height] - 1) / k.max_columns[height];
     for (int i = 0; i < tiles; ++i) {
       const Range c = share(columns, tiles, i);
-      k.tile[half][height][c.end - c.begin](weights, step, stage.nchan.data(), stage.op.ntaps, x_.data() + c.begin,
+      k.tile[half][height][c.end - c.begin](weights, step, ready.nchan.data(), ready.op.ntaps, x_.data() + c.begin,
                                             kBlock, scratch + c.begin * ld + first * kPanel, ld);
     }
   }
 }
 
-void Columns::program(const Stage& stage, int64_t column, float* scratch) {
+void Columns::program(const ReadyOp& ready, int64_t column, float* scratch) {
   const auto operand = [&](int32_t x) { return x >= 0 ? scratch + x : program_.consts + ~x; };
-  for (const Instruction& in : stage.code) {
+  for (const Instruction& in : ready.code) {
     const Micro& m = in.micro;
     if (in.map)
       in.map(scratch + m.dst, operand(m.a), operand(m.b), operand(m.c), m.n, &m.imm0);
     else
-      move(stage, m, run_.sites[column / slots_], column % slots_, scratch);
+      move(ready, m, run_.sites[column / slots_], column % slots_, scratch);
   }
 }
 
-void Columns::move(const Stage& stage, const Micro& m, Site q, int64_t slot, float* scratch) {
+void Columns::move(const ReadyOp& ready, const Micro& m, Site q, int64_t slot, float* scratch) {
   const auto operand = [&](int32_t x) { return x >= 0 ? scratch + x : program_.consts + ~x; };
   float* dst = scratch + m.dst;
   const size_t bytes = m.n * sizeof(float);
@@ -143,8 +143,8 @@ void Columns::move(const Stage& stage, const Micro& m, Site q, int64_t slot, flo
       return;
     }
     case kStore: {
-      const Op& op = stage.op;
-      const Place& place = run_.places[m.b];
+      const Op& op = ready.op;
+      const BufferPlace& place = run_.places[m.b];
       float* to = place.at(int64_t{q.i} * op.up_i + op.par_i, int64_t{q.j} * op.up_j + op.par_j, m.c);
       std::memcpy(to + slot * place.slot, operand(m.a), bytes);
       return;

@@ -1,5 +1,5 @@
 // Computes columns: an op's linear part and vector program at some of its sites and slots, and the draw. Holds the
-// working memory that this takes, so every part of a stage that runs at the same time has a Columns of its own.
+// working memory that this takes, so every part of an op that runs at the same time has a Columns of its own.
 #pragma once
 #include <vector>
 
@@ -10,7 +10,7 @@
 namespace fastgen {
 
 // Where a buffer lives in this run; `slot` floats from one slot's copy to the next (0: shared by all).
-struct Place {
+struct BufferPlace {
   float* base;
   int64_t slot;
   int32_t channels, ring_rows, ring_cols;
@@ -39,9 +39,9 @@ struct Run {
   const Tables& tables;
   const Kernels& kernels;
   const RunArgs& args;
-  std::vector<Place> places;  // by buffer
-  const float* zeros;         // as many as any tap has channels: what is read outside the bounds
-  std::vector<Site> sites;    // of the item at hand; column = index of site * slots + slot
+  std::vector<BufferPlace> places;  // by buffer
+  const float* zeros;               // as many as any tap has channels: what is read outside the bounds
+  std::vector<Site> sites;          // of the item at hand; column = index of site * slots + slot
 };
 
 class Columns {
@@ -51,24 +51,24 @@ class Columns {
   explicit Columns(const Run& run);
 
   // Linear part and program of columns, in working memory of its own.
-  void compute(const Stage& stage, Range columns);
+  void compute(const ReadyOp& ready, Range columns);
 
   // The linear part of at most kBlock columns and some panels; the first column's scratch is at `scratch`.
-  void linear(const Stage& stage, Range columns, Range panels, float* scratch);
+  void linear(const ReadyOp& ready, Range columns, Range panels, float* scratch);
 
   // The vector program of a column.
-  void program(const Stage& stage, int64_t column, float* scratch);
+  void program(const ReadyOp& ready, int64_t column, float* scratch);
 
   // Draws the values of a step at a site, and writes them to `out` and, encoded, to the input buffer.
-  void draw(int64_t step, int32_t site, int64_t slot);
+  void draw(int64_t step, int32_t site, int32_t phase, int64_t slot);
 
  private:
   const float* source(const Tap& tap, int64_t i, int64_t j) const;
-  void point_columns(const Stage& stage, Range columns);
-  void start_columns(const Stage& stage, Range columns, Range panels, float* scratch);
-  void run_tiles(const Stage& stage, int64_t columns, Range panels, float* scratch);
-  void move(const Stage& stage, const Micro& micro, Site site, int64_t slot, float* scratch);
-  const float* gather_params(int64_t step, int32_t site, int64_t slot);
+  void point_columns(const ReadyOp& ready, Range columns);
+  void start_columns(const ReadyOp& ready, Range columns, Range panels, float* scratch);
+  void run_tiles(const ReadyOp& ready, int64_t columns, Range panels, float* scratch);
+  void move(const ReadyOp& ready, const Micro& micro, Site site, int64_t slot, float* scratch);
+  const float* gather_params(int64_t step, int32_t site, int32_t phase, int64_t slot);
   void feed(int32_t site, int64_t slot, int32_t channel, float value);
 
   const Run& run_;

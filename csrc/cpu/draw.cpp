@@ -11,11 +11,10 @@ namespace fastgen {
 
 constexpr float kDrawn = std::numeric_limits<float>::quiet_NaN();  // "not known", to head_draw
 
-void Columns::draw(int64_t step, int32_t site, int64_t slot) {
+void Columns::draw(int64_t step, int32_t site, int32_t phase, int64_t slot) {
   const Head& h = program_.head;
   const RunArgs& args = run_.args;
-  const int32_t phase = static_cast<int32_t>(step % h.phases);
-  const float* params = gather_params(step, site, slot);
+  const float* params = gather_params(step, site, phase, slot);
   const int32_t first = h.phases == 1 ? 0 : phase;  // the value channels this step draws
   const int32_t count = h.phases == 1 ? h.channels : 1;
   const int64_t at = (slot * program_.rows * program_.cols + site) * h.channels + first;
@@ -36,15 +35,14 @@ void Columns::draw(int64_t step, int32_t site, int64_t slot) {
 }
 
 // The parameters of a step, in args.params if they are wanted.
-const float* Columns::gather_params(int64_t step, int32_t site, int64_t slot) {
+const float* Columns::gather_params(int64_t step, int32_t site, int32_t phase, int64_t slot) {
   const Head& h = program_.head;
   const RunArgs& args = run_.args;
-  const int32_t phase = static_cast<int32_t>(step % h.phases);
   float* params = params_.data();
   if (args.params) params = args.params + (slot * program_.steps + step) * h.params;
   int32_t filled = 0;
-  for (int32_t t = h.tap_ptr[phase]; t < h.tap_ptr[phase + 1]; ++t) {
-    const Tap& tap = program_.taps[h.tap0 + t];
+  for (int32_t t = program_.param_ptr[phase]; t < program_.param_ptr[phase + 1]; ++t) {
+    const Tap& tap = program_.taps[t];
     const float* from = source(tap, site / program_.cols, site % program_.cols);
     if (from)
       std::memcpy(params + filled, from + slot * run_.places[tap.buf].slot, tap.nchan * sizeof(float));
@@ -60,7 +58,7 @@ void Columns::feed(int32_t site, int64_t slot, int32_t channel, float value) {
   const Head& h = program_.head;
   const int64_t target = int64_t{site} + h.delay;
   if (target >= static_cast<int64_t>(program_.rows) * program_.cols) return;
-  const Place& place = run_.places[h.input];
+  const BufferPlace& place = run_.places[h.input];
   float* to = place.at(target / program_.cols, target % program_.cols, channel * h.enc) + slot * place.slot;
   if (h.table < 0) {
     *to = value;

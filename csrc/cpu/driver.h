@@ -16,19 +16,19 @@ class Driver {
   // Runs items [begin, end) in the given period of the schedule.
   void run_items(const Item* begin, const Item* end, int64_t period);
 
-  // Draws the values of a step at a site for every slot.
-  void draw(int64_t step, int32_t site);
+  // Draws the values of a step for every slot.
+  void draw(int64_t step);
 
  private:
-  struct Split {  // of a stage: its linear part into panels x columns parts
+  struct Split {  // of an op: its linear part into panels x columns parts
     int64_t for_columns = -1;
     int panels = 1, columns = 1;
     bool share_program = false;  // after a linear part that was split by panels
   };
 
-  const Split& split(const Stage& stage, int64_t columns);
-  void run_stage(const Stage& stage);
-  void run_by_panels(const Stage& stage, const Split& split, int64_t columns);
+  const Split& split(const ReadyOp& ready, int64_t columns);
+  void run_op(const ReadyOp& ready);
+  void run_by_panels(const ReadyOp& ready, const Split& split, int64_t columns);
 
   Run& run_;
   const Program& program_;
@@ -36,7 +36,7 @@ class Driver {
   std::deque<Columns> parts_;  // by part
   Pages scratch_;              // of the columns that are split by panels
   int64_t scratch_floats_;
-  std::vector<Split> splits_;  // by stage, of the last number of columns
+  std::vector<Split> splits_;  // by op, of the last number of columns
 };
 
 }  // namespace fastgen

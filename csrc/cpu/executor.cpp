@@ -44,8 +44,8 @@ void check(const Program& p, const RunArgs& a) {
 // slots, read side by side by a tile, does not fall into one cache set.
 int64_t slot_floats(int64_t arena) { return ((arena + 15) / 16 | 1) * 16; }
 
-std::vector<Place> find_places(const Program& p, const RunArgs& args, float* arena) {
-  std::vector<Place> places;
+std::vector<BufferPlace> find_places(const Program& p, const RunArgs& args, float* arena) {
+  std::vector<BufferPlace> places;
   for (int32_t i = 0; i < p.nbuffers; ++i) {
     const Buffer& b = p.buffers[i];
     const int64_t size = static_cast<int64_t>(b.rows) * b.cols * b.channels;
@@ -59,7 +59,7 @@ std::vector<Place> find_places(const Program& p, const RunArgs& args, float* are
   return places;
 }
 
-void write_start(const Program& p, const RunArgs& args, const Place& input) {
+void write_start(const Program& p, const RunArgs& args, const BufferPlace& input) {
   if (p.head.start < 0) return;
   for (int64_t slot = 0; slot < args.slots; ++slot)
     std::memcpy(input.base + slot * input.slot, p.consts + p.head.start, sizeof(float) * p.head.channels * p.head.enc);
@@ -67,17 +67,16 @@ void write_start(const Program& p, const RunArgs& args, const Place& input) {
 
 void run_schedule(const Program& p, Driver& driver, Reporter& reporter) {
   int64_t period = 0;
-  int32_t phase = 0;  // step % period
+  int32_t slot = 0;  // step % period
   for (int64_t step = 0; step < p.steps; ++step) {
-    if (phase % p.row_len == 0) {
-      const int32_t* row = p.row_ptr + phase / p.row_len;
+    if (slot % p.row_len == 0) {
+      const int32_t* row = p.row_ptr + slot / p.row_len;
       driver.run_items(p.row_items + row[0], p.row_items + row[1], period);
     }
-    driver.run_items(p.step_items + p.step_ptr[phase], p.step_items + p.step_ptr[phase + 1], period);
-    const bool whole = p.period >= p.steps;  // a repeating schedule is that of a sequence
-    driver.draw(step, whole ? p.step_site[phase] : static_cast<int32_t>(step / p.head.phases));
+    driver.run_items(p.step_items + p.step_ptr[slot], p.step_items + p.step_ptr[slot + 1], period);
+    driver.draw(step);
     reporter.step_done(step + 1);
-    if (++phase == p.period) phase = 0, ++period;
+    if (++slot == p.period) slot = 0, ++period;
   }
 }
 

@@ -106,88 +106,81 @@ FG_INLINE void apply(float* dst, const float* a, const float* b, const float* c,
 #define FG_ZERO splat(0.0f)
 #define FG_ONE splat(1.0f)
 
-FG_UNARY(neg, -x)
-FG_UNARY(exp, exp(x))
-FG_UNARY(log, log(x))
-FG_UNARY(tanh, tanh(x))
-FG_UNARY(sigmoid, sigmoid(x))
-FG_UNARY(relu, maximum(x, FG_ZERO))
-FG_UNARY(abs, abs(x))
-FG_UNARY(sqrt, sqrt(x))
-FG_UNARY(rsqrt, FG_ONE / sqrt(x))
-FG_UNARY(sin, sine(x, 0))
-FG_UNARY(cos, sine(x, 1))
-FG_UNARY(reciprocal, FG_ONE / x)
-FG_UNARY(log1p, log1p(x))
-FG_UNARY(expm1, expm1(x))
-FG_UNARY(erf, erf(x))
-FG_UNARY(sign, sign(x))
-FG_UNARY(floor, floor(x))
-FG_UNARY(ceil, ceil(x))
-FG_UNARY(round, round_even(x))
-FG_UNARY(trunc, trunc(x))
-FG_UNARY(not, truth(x == FG_ZERO))
-FG_UNARY(silu, x* sigmoid(x))
-FG_UNARY(gelu, gelu(x))
-FG_UNARY(gelu_tanh, gelu_tanh(x))
-FG_UNARY(elu, select(x > FG_ZERO, splat(m[1]) * x, splat(m[1] * m[0]) * expm1(x * splat(m[2]))))
-FG_UNARY(leaky_relu, select(x > FG_ZERO, x, x* splat(m[0])))
-FG_UNARY(softplus, select(x* splat(m[0]) > splat(m[1]), x, log1p(exp(x* splat(m[0]))) / splat(m[0])))
-FG_UNARY(clamp, clamp(x, m[0], m[1]))
-FG_UNARY(affine, fma(x, splat(m[0]), splat(m[1])))
-FG_UNARY(pow_scalar, power(x, m[0]))
-FG_UNARY(scalar_pow, each(::powf, splat(m[0]), x))
-FG_BINARY(add, x + y)
-FG_BINARY(sub, x - y)
-FG_BINARY(mul, x* y)
-FG_BINARY(div, x / y)
-FG_BINARY(maximum, maximum(x, y))
-FG_BINARY(minimum, minimum(x, y))
-FG_BINARY(pow, each(::powf, x, y))
-FG_BINARY(eq, truth(x == y))
-FG_BINARY(ne, truth(x != y))
-FG_BINARY(gt, truth(x > y))
-FG_BINARY(ge, truth(x >= y))
-FG_BINARY(lt, truth(x < y))
-FG_BINARY(le, truth(x <= y))
-FG_BINARY(and, truth((x != FG_ZERO) & (y != FG_ZERO)))
-FG_BINARY(or, truth((x != FG_ZERO) | (y != FG_ZERO)))
-FG_BINARY(remainder, each(remainder_of, x, y))
-FG_TERNARY(mul_add, fma(x, y, z))
-FG_TERNARY(where, select(x != FG_ZERO, y, z))
+FG_UNARY(Neg, -x)
+FG_UNARY(Exp, exp(x))
+FG_UNARY(Log, log(x))
+FG_UNARY(Tanh, tanh(x))
+FG_UNARY(Sigmoid, sigmoid(x))
+FG_UNARY(Relu, maximum(x, FG_ZERO))
+FG_UNARY(Abs, abs(x))
+FG_UNARY(Sqrt, sqrt(x))
+FG_UNARY(Rsqrt, FG_ONE / sqrt(x))
+FG_UNARY(Sin, sine(x, 0))
+FG_UNARY(Cos, sine(x, 1))
+FG_UNARY(Reciprocal, FG_ONE / x)
+FG_UNARY(Log1p, log1p(x))
+FG_UNARY(Expm1, expm1(x))
+FG_UNARY(Erf, erf(x))
+FG_UNARY(Sign, sign(x))
+FG_UNARY(Floor, floor(x))
+FG_UNARY(Ceil, ceil(x))
+FG_UNARY(Round, round_even(x))
+FG_UNARY(Trunc, trunc(x))
+FG_UNARY(Not, truth(x == FG_ZERO))
+FG_UNARY(Silu, x* sigmoid(x))
+FG_UNARY(Gelu, gelu(x))
+FG_UNARY(GeluTanh, gelu_tanh(x))
+FG_UNARY(Elu, select(x > FG_ZERO, splat(m[1]) * x, splat(m[1] * m[0]) * expm1(x * splat(m[2]))))
+FG_UNARY(LeakyRelu, select(x > FG_ZERO, x, x* splat(m[0])))
+FG_UNARY(Softplus, select(x* splat(m[0]) > splat(m[1]), x, log1p(exp(x* splat(m[0]))) / splat(m[0])))
+FG_UNARY(Clamp, clamp(x, m[0], m[1]))
+FG_UNARY(Affine, fma(x, splat(m[0]), splat(m[1])))
+FG_UNARY(PowScalar, power(x, m[0]))
+FG_UNARY(ScalarPow, each(::powf, splat(m[0]), x))
+FG_BINARY(Add, x + y)
+FG_BINARY(Sub, x - y)
+FG_BINARY(Mul, x* y)
+FG_BINARY(Div, x / y)
+FG_BINARY(Maximum, maximum(x, y))
+FG_BINARY(Minimum, minimum(x, y))
+FG_BINARY(Pow, each(::powf, x, y))
+FG_BINARY(Eq, truth(x == y))
+FG_BINARY(Ne, truth(x != y))
+FG_BINARY(Gt, truth(x > y))
+FG_BINARY(Ge, truth(x >= y))
+FG_BINARY(Lt, truth(x < y))
+FG_BINARY(Le, truth(x <= y))
+FG_BINARY(And, truth((x != FG_ZERO) & (y != FG_ZERO)))
+FG_BINARY(Or, truth((x != FG_ZERO) | (y != FG_ZERO)))
+FG_BINARY(Remainder, each(remainder_of, x, y))
+FG_TERNARY(MulAdd, fma(x, y, z))
+FG_TERNARY(Where, select(x != FG_ZERO, y, z))
 
-void reduce_sum(float* dst, const float* a, const float*, const float*, int n, const float*) {
+void reduce_Sum(float* dst, const float* a, const float*, const float*, int n, const float*) {
   float sum = 0.0f;
   for (int i = 0; i < n; ++i) sum += a[i];
   dst[0] = sum;
 }
-void reduce_max(float* dst, const float* a, const float*, const float*, int n, const float*) {
+void reduce_Max(float* dst, const float* a, const float*, const float*, int n, const float*) {
   float best = a[0];
   for (int i = 1; i < n; ++i) best = best > a[i] || best != best ? best : a[i];
   dst[0] = best;
 }
-void reduce_min(float* dst, const float* a, const float*, const float*, int n, const float*) {
+void reduce_Min(float* dst, const float* a, const float*, const float*, int n, const float*) {
   float best = a[0];
   for (int i = 1; i < n; ++i) best = best < a[i] || best != best ? best : a[i];
   dst[0] = best;
 }
 
-void add_to(float* dst, const float* a, int n) { map_add(dst, dst, a, nullptr, n, nullptr); }
+void add_to(float* dst, const float* a, int n) { map_Add(dst, dst, a, nullptr, n, nullptr); }
 
 void fill_maps(MapFn* m) {
-  m[kNeg] = map_neg, m[kExp] = map_exp, m[kLog] = map_log, m[kTanh] = map_tanh, m[kSigmoid] = map_sigmoid;
-  m[kRelu] = map_relu, m[kAbs] = map_abs, m[kSqrt] = map_sqrt, m[kRsqrt] = map_rsqrt, m[kSin] = map_sin;
-  m[kCos] = map_cos, m[kReciprocal] = map_reciprocal, m[kLog1p] = map_log1p, m[kExpm1] = map_expm1;
-  m[kErf] = map_erf, m[kSign] = map_sign, m[kFloor] = map_floor, m[kCeil] = map_ceil, m[kRound] = map_round;
-  m[kTrunc] = map_trunc, m[kNot] = map_not, m[kSilu] = map_silu, m[kGelu] = map_gelu;
-  m[kGeluTanh] = map_gelu_tanh, m[kElu] = map_elu, m[kLeakyRelu] = map_leaky_relu;
-  m[kSoftplus] = map_softplus, m[kClamp] = map_clamp, m[kAffine] = map_affine;
-  m[kPowScalar] = map_pow_scalar, m[kScalarPow] = map_scalar_pow;
-  m[kAdd] = map_add, m[kSub] = map_sub, m[kMul] = map_mul, m[kDiv] = map_div, m[kMaximum] = map_maximum;
-  m[kMinimum] = map_minimum, m[kPow] = map_pow, m[kEq] = map_eq, m[kNe] = map_ne, m[kGt] = map_gt;
-  m[kGe] = map_ge, m[kLt] = map_lt, m[kLe] = map_le, m[kAnd] = map_and, m[kOr] = map_or;
-  m[kRemainder] = map_remainder, m[kMulAdd] = map_mul_add, m[kWhere] = map_where;
-  m[kSum] = reduce_sum, m[kMax] = reduce_max, m[kMin] = reduce_min;
+#define FG_FILL_Move(name)
+#define FG_FILL_Map(name) m[k##name] = map_##name;
+#define FG_FILL_Reduce(name) m[k##name] = reduce_##name;
+#define FG_FUNCTION(kind, name, code, operands, cycles) FG_FILL_##kind(name)
+#include "../functions.def"
+#undef FG_FUNCTION
 }
 
 double peak(int64_t rounds) {

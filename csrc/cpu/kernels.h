@@ -4,11 +4,12 @@
 #include <string>
 #include <vector>
 
+#include "../plan.h"
+
 namespace fastgen {
 
 constexpr int kMaxPanels = 5;   // of one tile
 constexpr int kMaxColumns = 8;  // of one tile
-constexpr int kFunctions = 128;
 
 // out[c*ldout + p*16 ...] += sum over taps t, channels k of weights[p*stride + (t, k)*16 ...] * x[t*ldx + c][k]
 // for the P panels and C columns of the tile. weights and stride (between panels) are in elements.

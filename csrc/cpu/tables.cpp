@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../functions.h"
 #include "../validate.h"
 
 namespace fastgen {
@@ -12,38 +13,6 @@ template <class T>
 const T* keep(std::vector<T>* mine, const T* theirs, int64_t n) {
   mine->assign(theirs, theirs + n);
   return mine->data();
-}
-
-// Rough cycles of a map over one vector: what matters is only whether a program is worth sharing among threads.
-double vector_cycles(int32_t fn) {
-  switch (fn) {
-    case kExp:
-    case kLog:
-    case kSigmoid:
-    case kSilu:
-    case kScalarPow:
-    case kPowScalar: return 16;
-    case kTanh:
-    case kExpm1:
-    case kLog1p:
-    case kErf:
-    case kGelu:
-    case kGeluTanh:
-    case kElu:
-    case kSoftplus: return 24;
-    case kSin:
-    case kCos:
-    case kPow:
-    case kRemainder: return 100;
-    case kSum:
-    case kMax:
-    case kMin: return 48;
-    case kDiv:
-    case kReciprocal:
-    case kSqrt:
-    case kRsqrt: return 10;
-    default: return 2;
-  }
 }
 
 }  // namespace
@@ -60,6 +29,8 @@ Tables::Tables(const Program& p, const Kernels& kernels) : program_(p) {
   program_.row_items = keep(&row_items_, p.row_items, p.row_ptr[rows]);
   program_.step_items = keep(&step_items_, p.step_items, p.step_ptr[p.period]);
   program_.step_site = keep(&step_site_, p.step_site, p.period);
+  program_.step_phase = keep(&step_phase_, p.step_phase, p.period);
+  program_.param_ptr = keep(&param_ptr_, p.param_ptr, p.head.phases + 1);
   program_.consts = keep(&consts_, p.consts, p.nconsts);
   const size_t bytes = static_cast<size_t>(p.nweights) * weight_bytes();
   weights_ = Pages(bytes, "weights");
@@ -67,16 +38,16 @@ Tables::Tables(const Program& p, const Kernels& kernels) : program_(p) {
   program_.weights = weights_.as<char>();
 
   for (const Op& op : ops_) {
-    stages_.push_back(make_stage(op, kernels));
+    ready_ops_.push_back(make_ready(op, kernels));
     max_taps = std::max(max_taps, op.ntaps);
-    for (int32_t n : stages_.back().nchan) max_nchan = std::max(max_nchan, n);
+    for (int32_t n : ready_ops_.back().nchan) max_nchan = std::max(max_nchan, n);
   }
   for (const std::vector<Item>* items : {&row_items_, &step_items_})
     for (const Item& item : *items) max_count = std::max(max_count, item.count);
 }
 
-Stage Tables::make_stage(const Op& op, const Kernels& kernels) const {
-  Stage s = {};
+ReadyOp Tables::make_ready(const Op& op, const Kernels& kernels) const {
+  ReadyOp s = {};
   s.op = op;
   s.panels = (op.acc + kPanel - 1) / kPanel;
   s.stride = (op.scratch + kPanel - 1) / kPanel * kPanel;
@@ -89,8 +60,8 @@ Stage Tables::make_stage(const Op& op, const Kernels& kernels) const {
     const int operands = arity(m.fn);
     if (operands == 1) m.b = m.c = m.a;
     if (operands == 2) m.c = m.a;
-    s.code.push_back({m.fn >= kNeg ? kernels.map[m.fn] : nullptr, m});
-    s.program_cycles += 20 + vector_cycles(m.fn) * (m.n + kernels.width - 1) / kernels.width;
+    s.code.push_back({kernels.map[m.fn], m});
+    s.program_cycles += 20 + cycles_of(m.fn) * (m.n + kernels.width - 1) / kernels.width;
   }
   return s;
 }

@@ -14,7 +14,7 @@ struct Instruction {
   Micro micro;
 };
 
-struct Stage {
+struct ReadyOp {
   Op op;
   int32_t panels;  // ceil(acc / 16)
   int64_t stride;  // floats from one column's scratch to the next
@@ -34,14 +34,14 @@ class Tables {
   Tables& operator=(const Tables&) = delete;
 
   const Program& program() const { return program_; }
-  const std::vector<Stage>& stages() const { return stages_; }
+  const std::vector<ReadyOp>& ready_ops() const { return ready_ops_; }
   int64_t weight_bytes() const { return program_.weight_bits / 8; }
 
   int32_t max_taps = 0, max_nchan = 0;  // over the linear parts
   int32_t max_count = 0;                // over the items
 
  private:
-  Stage make_stage(const Op& op, const Kernels& kernels) const;
+  ReadyOp make_ready(const Op& op, const Kernels& kernels) const;
 
   Program program_;  // its pointers lead into the vectors below
   std::vector<Buffer> buffers_;
@@ -49,10 +49,10 @@ class Tables {
   std::vector<Micro> code_;
   std::vector<Op> ops_;
   std::vector<Item> row_items_, step_items_;
-  std::vector<int32_t> row_ptr_, step_ptr_, step_site_;
+  std::vector<int32_t> row_ptr_, step_ptr_, step_site_, step_phase_, param_ptr_;
   std::vector<float> consts_;
   Pages weights_;
-  std::vector<Stage> stages_;
+  std::vector<ReadyOp> ready_ops_;
 };
 
 }  // namespace fastgen

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "../python_tables.h"
-#include "host_team.h"
-#include "ladder.h"
-#include "lower.h"
+#include "../team/host_team.h"
+#include "../team/ladder.h"
+#include "../team/lower.h"
 #if defined(FG_HAVE_CUDA)
 #include "launch.h"
 #endif

@@ -1,5 +1,5 @@
 // The entry points: one kernel for each precision.
-#include "interpreter.h"
+#include "../team/interpreter.h"
 #include "kernels.h"
 #include "teams.cuh"
 

@@ -1,7 +1,7 @@
 // The compiled interpreter, by precision.
 #pragma once
-#include "ladder.h"
-#include "lowered.h"
+#include "../team/ladder.h"
+#include "../team/lowered.h"
 
 namespace fastgen::team {
 

@@ -8,7 +8,7 @@
 #include <exception>
 #include <thread>
 
-#include "host_team.h"
+#include "../team/host_team.h"
 #include "kernels.h"
 #include "launch.h"
 

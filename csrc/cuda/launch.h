@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "ladder.h"
-#include "lowered.h"
+#include "../team/ladder.h"
+#include "../team/lowered.h"
 
 namespace fastgen::team {
 

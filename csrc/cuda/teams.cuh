@@ -6,9 +6,9 @@
 //   kGridTeam     a counter in memory. Its CTAs must all be resident (cooperative launch); a partner that does not come
 //                 within `patience` is reported, and everybody leaves
 #pragma once
-#include "ladder.h"
-#include "lowered.h"
-#include "warp.h"
+#include "../team/ladder.h"
+#include "../team/lowered.h"
+#include "../team/warp.h"
 
 namespace fastgen::team {
 

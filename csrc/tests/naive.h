@@ -19,7 +19,7 @@ struct Tables {
   std::vector<Micro> code;
   std::vector<Op> ops;
   std::vector<Item> row_items, step_items;
-  std::vector<int32_t> row_ptr{0}, step_ptr{0}, step_site;
+  std::vector<int32_t> row_ptr{0}, step_ptr{0}, step_site, step_phase, param_ptr{0};
   std::vector<float> weights, consts;
   std::vector<uint16_t> half_weights;  // used instead when not empty
   Program p = {};
@@ -31,7 +31,7 @@ struct Tables {
     p.ops = ops.data(), p.nops = ops.size();
     p.row_items = row_items.data(), p.row_ptr = row_ptr.data();
     p.step_items = step_items.data(), p.step_ptr = step_ptr.data();
-    p.step_site = step_site.data();
+    p.step_site = step_site.data(), p.step_phase = step_phase.data(), p.param_ptr = param_ptr.data();
     const bool half = !half_weights.empty();
     p.weight_bits = half ? 16 : 32;
     p.weights = half ? static_cast<const void*>(half_weights.data()) : weights.data();
@@ -68,12 +68,12 @@ class Naive {
       const Head& h = p_.head;
       if (h.start >= 0) std::copy_n(p_.consts + h.start, h.channels * h.enc, at(h.input, 0, 0, 0));
       for (int64_t step = 0; step < p_.steps; ++step) {
-        const int32_t phase = step % p_.period;
-        const int32_t* row = p_.row_ptr + phase / p_.row_len;
-        if (phase % p_.row_len == 0)
+        const int32_t slot = step % p_.period;
+        const int32_t* row = p_.row_ptr + slot / p_.row_len;
+        if (slot % p_.row_len == 0)
           for (int32_t i = row[0]; i < row[1]; ++i) item(p_.row_items[i], step / p_.period);
-        for (int32_t i = p_.step_ptr[phase]; i < p_.step_ptr[phase + 1]; ++i) item(p_.step_items[i], step / p_.period);
-        draw(step, p_.period >= p_.steps ? p_.step_site[phase] : step / h.phases);
+        for (int32_t i = p_.step_ptr[slot]; i < p_.step_ptr[slot + 1]; ++i) item(p_.step_items[i], step / p_.period);
+        draw(step, p_.step_site[slot] + step / p_.period * (p_.period / h.phases), p_.step_phase[slot]);
       }
     }
   }
@@ -177,12 +177,11 @@ class Naive {
     }
   }
 
-  void draw(int64_t step, int64_t site) {
+  void draw(int64_t step, int64_t site, int32_t phase) {
     const Head& h = p_.head;
-    const int32_t phase = step % h.phases;
     std::vector<float> params, u(head_uniforms(h)), values(h.channels);
-    for (int32_t t = h.tap_ptr[phase]; t < h.tap_ptr[phase + 1]; ++t) {
-      const std::vector<float> part = read(p_.taps[h.tap0 + t], site / p_.cols, site % p_.cols, 0.0f);
+    for (int32_t t = p_.param_ptr[phase]; t < p_.param_ptr[phase + 1]; ++t) {
+      const std::vector<float> part = read(p_.taps[t], site / p_.cols, site % p_.cols, 0.0f);
       params.insert(params.end(), part.begin(), part.end());
     }
     if (a_.params) std::copy(params.begin(), params.end(), a_.params + (slot_ * p_.steps + step) * h.params);

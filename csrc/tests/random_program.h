@@ -1,5 +1,6 @@
 // Random programs: they compute nothing sensible, but use every addressing mode, item form and head.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <random>
 #include <vector>
@@ -58,12 +59,12 @@ class RandomProgram : public Tables {
     const int32_t rows = p.rows, cols = p.cols;
     h.input = state(h.channels * h.enc + between(0, 2), rows, cols, sequence_ ? 1 : rows, sequence_ ? 8 : cols, kInput);
     params_ = state(h.params * h.phases, rows, cols, sequence_ ? 1 : 2, cols);
-    h.tap0 = taps.size();
+    param_ptr = {int32_t(taps.size())};
     for (int32_t f = 0; f < h.phases; ++f) {  // in two pieces where possible
       const int32_t cut = between(0, h.params - 1);
       if (cut > 0) taps.push_back({params_, f * h.params, cut, 1, 1, 1, 1, 0, 0, 0, rows, 0, cols});
       taps.push_back({params_, f * h.params + cut, h.params - cut, 1, 1, 1, 1, 0, 0, 0, rows, 0, cols});
-      h.tap_ptr[f + 1] = taps.size() - h.tap0;
+      param_ptr.push_back(taps.size());
     }
   }
 
@@ -167,9 +168,12 @@ class RandomProgram : public Tables {
       }
       row_ptr.push_back(row_items.size());
     }
+    std::vector<int32_t> order(p.period);  // of the draws; of an image any
+    for (int32_t s = 0; s < p.period; ++s) order[s] = s;
+    if (!sequence_ && chance(2)) std::shuffle(order.begin(), order.end(), random_);
     for (int32_t s = 0; s < p.period; ++s) {
       const int32_t site = s / phases;
-      step_site.push_back(site);
+      step_site.push_back(order[s] / phases), step_phase.push_back(order[s] % phases);
       for (size_t i = 0; i < ops.size(); ++i) {
         const Op& o = ops[i];
         if (per_row[i] || (site % p.cols) % o.up_j != 0) continue;

@@ -11,8 +11,8 @@
 #include <limits>
 #include <vector>
 
-#include "../cuda/host_team.h"
-#include "../cuda/lower.h"
+#include "../team/host_team.h"
+#include "../team/lower.h"
 #include "../validate.h"
 #include "check.h"
 
@@ -34,6 +34,7 @@ class ProgramFile {
     p_.row_len = numbers[3], p_.period = numbers[4], p_.arena = numbers[5];
     p_.nbuffers = table(&p_.buffers), p_.ntaps = table(&p_.taps), p_.ncode = table(&p_.code), p_.nops = table(&p_.ops);
     table(&p_.row_items), table(&p_.row_ptr), table(&p_.step_items), table(&p_.step_ptr), table(&p_.step_site);
+    table(&p_.step_phase), table(&p_.param_ptr);
     p_.nconsts = table(&p_.consts);
     const Head* head = nullptr;
     table(&head);

@@ -221,7 +221,9 @@ void damaged_programs() {
       case 4: damage(program.ops); break;
       case 5: damage(random() % 2 ? program.row_items : program.step_items); break;
       case 6: damage(head); break;
-      case 7: damage(program.step_site); break;
+      case 7:
+        damage(random() % 3 == 0 ? program.step_site : random() % 2 == 0 ? program.step_phase : program.param_ptr);
+        break;
     }
     program.p.head = head[0];
     try {

@@ -3,11 +3,11 @@
 #include <cstring>
 #include <vector>
 
-#include "../cuda/fragments.h"
-#include "../cuda/half.h"
-#include "../cuda/host_team.h"
-#include "../cuda/lower.h"
-#include "../cuda/warp.h"
+#include "../team/fragments.h"
+#include "../team/half.h"
+#include "../team/host_team.h"
+#include "../team/lower.h"
+#include "../team/warp.h"
 #include "check.h"
 #include "random_program.h"
 
@@ -128,7 +128,7 @@ void half_products() {
   h.input = t.state(1, 1, 2, 1, 2, kInput);
   t.buffers.push_back({500, 1, 2, 1, 2, kCond, 0});
   const int32_t params = t.state(60, 1, 2, 1, 2);
-  h.tap0 = 0, h.tap_ptr[1] = 1;
+  t.param_ptr = {0, 1}, t.step_phase = {0, 0};
   t.taps = {{params, 0, 60, 1, 1, 1, 1, 0, 0, 0, 1, 0, 2}, {1, 0, 500, 1, 1, 1, 1, 0, 0, 0, 1, 0, 2}};
   for (int i = 0; i < 64 * 500; ++i) t.weights.push_back(std::sin(0.1f * i) / 22);
   t.code = {{kStore, 0, 0, params, 0, 60, 0, 0, 0}};

@@ -16,6 +16,7 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
 from fastgen.errors import Cancelled
 from fastgen.program import records as R
+from fastgen.program.functions import function_names
 from fastgen.program.programs import Programs
 
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,7 +118,7 @@ class Machine:
         return total + torch.cat([self.read(t, qi, qj) for t in taps], -1) @ dense
 
     def _micro(self, m: Any, scratch: Tensor, qi: Tensor, qj: Tensor, di: Tensor, dj: Tensor) -> None:
-        fn, n, dst = R.FN_NAME[int(m["fn"])], int(m["n"]), int(m["dst"])
+        fn, n, dst = function_names()[int(m["fn"])], int(m["n"]), int(m["dst"])
         imm = (float(m["imm0"]), float(m["imm1"]), float(m["imm2"]))
 
         def at(x: Any, count: int) -> Tensor:
@@ -219,26 +220,21 @@ class ReferenceExecutor(Executor):
                 if r.progress is not None and r.progress(t) is False:
                     raise Cancelled
             m.items(p.step_items[p.step_ptr[slot] : p.step_ptr[slot + 1]], periods)
-            site = int(p.step_site[slot]) + (periods * (p.period // phases) if spec.sequence else 0)
-            theta = self._params(m, t, site)
+            site, phase = int(p.step_site[slot]) + periods * (p.period // phases), int(p.step_phase[slot])
+            theta = self._params(m, site, phase)
             if params is not None:
                 params[:, t] = theta.cpu().float()
             u = rng.uniforms(r.seed, samples, t, head.num_uniforms(channels))
-            which = slice(0, channels) if head.at_once else slice(t % phases, t % phases + 1)
+            which = slice(0, channels) if head.at_once else slice(phase, phase + 1)
             value = head.draw(theta.cpu(), u, r.temperature, r.known(site, which))
             out[:, site, which] = value
             self._write(m, site, which, value)
         return out, params
 
-    def _params(self, m: Machine, t: int, site: int) -> Tensor:
-        p = m.p
-        f = t % int(p.head["phases"]) if self.spec.order is None else int(self.spec.timeline.phase[t])
-        qi, qj = (
-            torch.tensor([site // p.cols], device=m.device),
-            torch.tensor([site % p.cols], device=m.device),
-        )
-        first, last = (int(p.head["tap0"]) + int(p.head["tap_ptr"][k]) for k in (f, f + 1))
-        return torch.cat([m.read(tap, qi, qj)[:, 0] for tap in p.taps[first:last]], -1)
+    def _params(self, m: Machine, site: int, phase: int) -> Tensor:
+        qi, qj = (torch.tensor([k], device=m.device) for k in divmod(site, m.p.cols))
+        taps = m.p.taps[int(m.p.param_ptr[phase]) : int(m.p.param_ptr[phase + 1])]
+        return torch.cat([m.read(tap, qi, qj)[:, 0] for tap in taps], -1)
 
     def _write(self, m: Machine, site: int, which: slice, value: Tensor) -> None:
         """Writes the encoded value to the input buffer."""

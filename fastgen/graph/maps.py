@@ -101,6 +101,15 @@ class MapNode(OperandNode):
         found = {k: self._constant(other, zero) for k, other, zero in tests}
         return {k: hit for k, hit in found.items() if bool(hit.any())}
 
+    def reads(self) -> list[Read]:
+        dead = {k: d.all(0) for k, d in self.dead().items()}
+        return [
+            Read(p.ref, dead=dead[k] if k in dead and bool(dead[k].any()) else None)
+            for k, pieces in enumerate(self.operands)
+            for p in pieces
+            if p.ref is not None
+        ]
+
     def _constant(self, operand: int, zero: bool) -> Tensor:
         """Where an operand is a constant that is zero, or is not: [C, H, W]."""
         hit = torch.zeros(self.channels, *self.grid, dtype=torch.bool)
@@ -132,15 +141,26 @@ class MapNode(OperandNode):
             address = coder.address(self.operands[0][0], 0, self.channels)
             if address >= 0:
                 return address
+        masked = self._masked()
         dst = coder.alloc(self.channels)
         for lo, hi in itertools.pairwise(cuts):
             args = []
             for pieces in self.operands:
                 piece = next(p for p in pieces if p.lo <= lo and hi <= p.hi)
                 args.append(coder.address(piece, lo - piece.lo, hi - piece.lo))
+            for k in masked:  # zero times what is not there yet is not zero
+                kept = coder.alloc(hi - lo)
+                coder.emit("where", kept, args[1 - k], args[k], args[1 - k], hi - lo)
+                args[k] = kept
             a, b, c = (*args, 0, 0, 0)[:3]
             coder.emit(self.fn, dst + lo, a, b, c, hi - lo, self.imm)
         return dst
+
+    def _masked(self) -> list[int]:
+        """Factors that are read at sites where the other one, a constant, is zero: they may hold anything there."""
+        if self.fn not in ("mul", "muladd"):
+            return []
+        return [k for k, dead in self.dead().items() if bool(dead.all(0).any())]
 
 
 @dataclass

@@ -55,17 +55,29 @@ class Ref:
         return Ref(self.node, tuple(self.chans[k] for k in keep), self.at)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Read:
-    """A reference and the reader's sites that use it: those q * up + parity, as q."""
+    """A reference and the reader's sites that use it: those q * up + parity, as q, less the dead ones.
+
+    At dead sites what is read cannot matter, so it need not be ready: the reader's program drops whatever it finds.
+    """
 
     ref: Ref
     up: Pair = (1, 1)
     parity: Pair = (0, 0)
+    dead: Tensor | None = None  # [H, W] of the reader
 
     def of_sites(self, per_site: Tensor) -> Tensor:
         """What is known per site of the reader [..., H, W], at the sites that use the reference."""
         return per_site[..., self.parity[0] :: self.up[0], self.parity[1] :: self.up[1]]
+
+    def needed(self, live: Tensor) -> Tensor:
+        """Of the reader's live sites [H, W], those at which the value matters, at the sites that use the reference."""
+        if self.dead is not None:
+            live = live.clone()
+            h, w = min(live.shape[0], self.dead.shape[0]), min(live.shape[1], self.dead.shape[1])
+            live[:h, :w] &= ~self.dead[:h, :w]
+        return self.of_sites(live)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ CHUNK = 8
 LONG = 1024  # sequences longer than this are planned on a shorter one: its schedule repeats, and planning is cheap
 SHORT = 64  # sequences shorter than this are planned like images, step by step: they hold no period to repeat
 
+MOST_VALUES = (
+    256  # a site: each may need units and taps of its own for every other, 10 s of planning for a full triangle
+)
+
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
@@ -56,7 +60,7 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
         try:
             planned, graph, units, params = _units(model, planned, cond)
         except UnsupportedError:
-            if spec.layout != "T" or spec.head.enc != 1 or spec.predicts != "same":
+            if spec.layout != "T" or spec.head.enc != 1 or spec.head.at_once or spec.predicts != "same":
                 raise
             spec = spec.as_vector()  # every output from every input: not sites but one vector
             planned, graph, units, params = _units(model, spec, cond)
@@ -74,6 +78,11 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
 def _units(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Spec, Graph, list[Unit], Places]:
     """Captures and splits; the spec comes back with the layout of forward's output settled, so that it cannot become
     ambiguous at another length."""
+    if spec.phases > MOST_VALUES:
+        raise UnsupportedError(
+            f"samples of shape {spec.shape} have {spec.phases} values drawn one after another at a site; the planner takes "
+            f"up to {MOST_VALUES}, as plans grow with the square of that"
+        )
     x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32))
     device = device_of(model)
     if device.type != "cpu":

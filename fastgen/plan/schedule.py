@@ -88,13 +88,14 @@ def _hoist(unit: Unit, by_id: dict[int, Unit], clock: Clock, new_id: int) -> Uni
 
 def _propagate(unit: Unit, need: dict[int, Tensor]) -> None:
     """Tells the sources of a unit when they are needed."""
-    done: set[tuple[int, Affine, Pair]] = set()
+    done: set[tuple[int, Affine, Pair, int]] = set()
     for read in unit.node.reads():
-        key = (read.ref.node, read.ref.at, read.parity)
+        key = (read.ref.node, read.ref.at, read.parity, id(read.dead))
         if key in done:
             continue
         done.add(key)
-        _pull(need[read.ref.node], read.of_sites(torch.where(unit.live, unit.when, LATER)), read.ref.at)
+        live, when = unit.sites(read)
+        _pull(need[read.ref.node], torch.where(live, when, LATER), read.ref.at)
 
 
 def _pull(target: Tensor, when: Tensor, at: Affine) -> None:

@@ -44,8 +44,8 @@ class Unit:
         return [read.ref for read in self.node.reads()]
 
     def sites(self, read: Read) -> tuple[Tensor, Tensor]:
-        """(live, when) at the sites that use a read."""
-        return read.of_sites(self.live), read.of_sites(self.when)
+        """(whether it matters, when) at the sites that use a read."""
+        return read.needed(self.live), read.of_sites(self.when)
 
 
 def merge_sums(graph: Graph) -> Graph:

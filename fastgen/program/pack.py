@@ -155,15 +155,18 @@ class Packer:
         for instr in self.schedule.instrs:
             for parity in instr.parities:
                 self._op(instr, parity)
-        record = self._head(head)
+        record, param_ptr = self._head(head), self._parameters()
         row_items, row_ptr, step_items, step_ptr = item_tables(self.schedule, self.op_units, self.period, self.advance)
         rows, added = steps.grid[0], self.length - self.planned
         site = steps.site[: self.period].clamp(max=rows * self.length - 1)
         return R.Program(
-            R.table(self.buffers, R.Buffer), R.table(self._stretched_taps(), R.Tap), R.table(self.code, R.Micro),
-            R.table(self.ops, R.Op), row_items, row_ptr, step_items, step_ptr, site.to(torch.int32).numpy(),
-            self._blob(), self.consts.array(), record, rows, self.length, len(steps) + added * steps.phases,
-            self.schedule.row_len, self.period, max(self._arena, R.PANEL), self.cond,
+            buffers=R.table(self.buffers, R.Buffer), taps=R.table(self._stretched_taps(), R.Tap),
+            code=R.table(self.code, R.Micro), ops=R.table(self.ops, R.Op),
+            row_items=row_items, row_ptr=row_ptr, step_items=step_items, step_ptr=step_ptr,
+            step_site=site.to(torch.int32).numpy(), step_phase=steps.phase[: self.period].to(torch.int32).numpy(),
+            param_ptr=param_ptr, weights=self._blob(), consts=self.consts.array(), head=record,
+            rows=rows, cols=self.length, steps=len(steps) + added * steps.phases,
+            row_len=self.schedule.row_len, period=self.period, arena=max(self._arena, R.PANEL), cond=self.cond,
         )  # fmt: skip
 
     def _blob(self) -> R.Array:
@@ -197,15 +200,18 @@ class Packer:
         record["input"] = self._input
         for key in ("table", "start"):
             record[key] = -1 if head[key] is None else self.consts.add(head[key].float().numpy())
-        record["tap0"] = len(self.taps)
-        for f, chans in enumerate(self.schedule.params):
-            record["tap_ptr"][f] = len(self.taps) - record["tap0"]
-            self._parameter_taps(chans)
-        record["tap_ptr"][len(self.schedule.params) :] = len(self.taps) - record["tap0"]
         return record
 
-    def _parameter_taps(self, chans: list[tuple[int, int]]) -> None:
-        """Taps that gather one phase's parameters, (unit, channel) each, in runs."""
+    def _parameters(self) -> R.Array:
+        """Taps that gather the parameters, phase after phase; where those of each begin and end."""
+        ends = [len(self.taps)]
+        for chans in self.schedule.params:
+            self._gather(chans)
+            ends.append(len(self.taps))
+        return np.array(ends, np.int32)
+
+    def _gather(self, chans: list[tuple[int, int]]) -> None:
+        """Taps for one phase's parameters, (unit, channel) each, in runs."""
         start = 0
         for k in range(1, len(chans) + 1):
             if k == len(chans) or chans[k] != (chans[k - 1][0], chans[k - 1][1] + 1):

@@ -100,8 +100,6 @@ class Head(NamedTuple):
     n: int
     levels: int
     params: int
-    tap0: int
-    tap_ptr: Annotated[tuple[int, ...], ("i4", (65,))]
     input: int
     enc: int
     table: int
@@ -114,31 +112,15 @@ class Head(NamedTuple):
 
 def dtype_of(record: type) -> np.dtype[Any]:
     """The structured dtype of a record, laid out as C does."""
-    fields: list[Any] = []
+    fields: list[tuple[str, Any]] = []
     for name, kind in get_type_hints(record, include_extras=True).items():
-        code = getattr(kind, "__metadata__", ({int: "i4", float: "f4"}.get(kind),))[0]
-        fields.append((name, *code) if isinstance(code, tuple) else (name, code))
+        fields.append((name, getattr(kind, "__metadata__", ({int: "i4", float: "f4"}.get(kind),))[0]))
     return np.dtype(fields, align=True)
 
 
 def table(records: list[Any], record: type) -> Array:
     """Records as one array."""
     return np.array([tuple(r) for r in records], dtype_of(record))
-
-
-FN = {
-    name: code
-    for start, names in {
-        0: "load store embed gather copy fill broadcast",
-        16: "neg exp log tanh sigmoid relu abs sqrt rsqrt sin cos reciprocal log1p expm1 erf sign floor ceil round trunc "
-        "not silu gelu gelutanh elu leakyrelu softplus clamp affine powscalar scalarpow",
-        64: "add sub mul div maximum minimum pow eq ne gt ge lt le and or remainder muladd",
-        96: "where",
-        112: "sum max min",
-    }.items()
-    for code, name in enumerate(names.split(), start)
-}
-FN_NAME = {code: name for name, code in FN.items()}
 
 
 @dataclass
@@ -154,6 +136,8 @@ class Program:
     step_items: Array
     step_ptr: Array
     step_site: Array
+    step_phase: Array
+    param_ptr: Array
     weights: Array  # float32 or uint16 (bfloat16)
     consts: Array
     head: Array

@@ -1,7 +1,8 @@
 """Rings: how many rows (columns, for one-row grids) of each stored unit must be kept.
 
-A buffer's row i lies at i % ring; it may be overwritten once nothing reads it any more, so the ring is the largest
-distance, at any time a reader runs, between the newest row written and the row read, plus one.
+A buffer's row i lies at i % ring; it may be overwritten once nothing reads it any more. Where rows are written one after
+another, that makes the ring the largest distance, at any time a reader runs, between the newest row written and the row
+read, plus one. In an order that comes back to earlier rows (planes, curves, bottom to top) all rows are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fastgen.graph.sources import InputNode
 from fastgen.plan.plan import Schedule
 from fastgen.plan.units import Unit
 
+KEEP_ALL = 1 << 30  # the packer cuts it to the grid
 Readers = dict[int, list[tuple[Unit, Read]]]
 
 
@@ -23,6 +25,9 @@ def rings(schedule: Schedule) -> dict[int, int]:
     out = {}
     for instr in schedule.instrs:
         for u in instr.stored:
+            if not _in_turn(u.live, u.when):
+                out[u.id] = KEEP_ALL
+                continue
             out[u.id] = max([1] + [_lag(u.live, u.when, reader, read) for reader, read in readers.get(u.id, [])])
     for u in schedule.units:
         if u.partial is not None:
@@ -36,12 +41,23 @@ def rings(schedule: Schedule) -> dict[int, int]:
 
 
 def input_ring(schedule: Schedule) -> int:
-    """Of forward's input, which draws write: one more than readers need, as a draw comes before its next reader."""
-    written = schedule.steps.known.amax(0)
+    """Of forward's input, which draws write, value by value."""
+    known = schedule.steps.known
+    if not _in_turn(torch.ones_like(known, dtype=torch.bool), known):
+        return KEEP_ALL
+    written = known.amax(0)  # a site whole; its first values may be a row ahead of that, hence the one more
     live = torch.ones(written.shape, dtype=torch.bool)
     readers = _readers(schedule.units)
     inputs = [u for u in schedule.units if isinstance(u.node, InputNode)]
     return max([1] + [_lag(live, written, reader, read) for u in inputs for reader, read in readers.get(u.id, [])]) + 1
+
+
+def _in_turn(live: Tensor, when: Tensor) -> bool:
+    """Whether rows (columns, for one-row grids) [..., H, W] are written one after another."""
+    axis = -2 if live.shape[-2] > 1 else -1
+    position = live.nonzero()[:, axis]
+    order = torch.argsort(when[live].to(torch.int64) * (1 << 21) + position)
+    return bool((position[order].diff() >= 0).all())
 
 
 def _readers(units: list[Unit]) -> Readers:

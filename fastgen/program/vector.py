@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastgen.graph.refs import Affine, Operand, Pair, Piece, Read, runs
 from fastgen.plan.fuse import Instr
-from fastgen.program.records import FN, PANEL, Array, Micro, Tap
+from fastgen.program.functions import function_codes
+from fastgen.program.records import PANEL, Array, Micro, Tap
 
 # More separate channel ranges than this are read as one range and gathered: a tap is a memory access of its own, a gather
 # one more pass over what is in the first-level cache.
@@ -110,7 +111,7 @@ class Coder:
         self, fn: str, dst: int, a: int = 0, b: int = 0, c: int = 0, n: int = 0, imm: tuple[float, ...] = ()
     ) -> None:
         """One micro-op of csrc/plan.h."""
-        self.code.append(Micro(FN[fn], dst, a, b, c, n, *(*imm, 0.0, 0.0, 0.0)[:3]))
+        self.code.append(Micro(function_codes()[fn], dst, a, b, c, n, *(*imm, 0.0, 0.0, 0.0)[:3]))
 
     def linear(self, terms: list[tuple[Read, Tensor]], bias: Tensor | None, outputs: int) -> int:
         """The linear part: bias [O] or [O, H, W] and the sum of weight [O, n] times what each read gives. At scratch 0."""

@@ -39,7 +39,7 @@ struct alignas(16) Instr {  // read as three vectors
   int32_t fn, lo, hi, step;
   int32_t dst, a, b, c;
   float imm0, imm1, imm2;
-  int32_t unused;
+  int32_t operands;  // how many of a, b, c are registers or constants
 };
 
 // Where a vector of channels is read or written: a Tap of plan.h, and what it needs of its buffer.
@@ -69,6 +69,7 @@ struct Stage {
   int32_t registers;                    // of a fiber; the first `rows` are the accumulators
   int32_t code, nloads, ncode;          // Instr (fibers; loads first) or Micro (columns): byte offset, how many
   int32_t scratch;                      // columns: floats of a vector program
+  int32_t phase;                        // draws: which of its site's
   // tiles that fit the shared memory it was lowered for
   int32_t cols;                         // columns of a block, at most
   int32_t group;                        // slices at a time
@@ -81,7 +82,7 @@ struct Stage {
 struct StageItem {
   int32_t descriptor, bytes;            // offset in units of 16 bytes; size
   int32_t op;                           // of the stage; -1: a draw
-  int32_t q0, count, qstep;             // as in Item; a draw of an image: q0 is the site
+  int32_t q0, count, qstep;             // as in Item; a draw: at site q0, + qstep a period
   int32_t sync;                         // 1: a barrier of the team comes first
   int32_t first;                        // 1: the first of its step
 };

@@ -2,7 +2,7 @@
 // column's places are, its activations for the product, the registers of its fibers, and partial sums.
 #pragma once
 #include "context.h"
-#include "functions.h"
+#include "maps.h"
 
 namespace fastgen::team {
 

@@ -110,8 +110,7 @@ class Interpreter {
       ColumnStage<Team>(x_, stage, item).run();
     } else {
       const bool cancelled = first_thread() && team_.peek(a_.cancel) != 0;
-      const bool whole = x_.h.period >= x_.h.steps;  // a repeating schedule is that of a sequence
-      DrawStage<Team>(x_, stage).run(step, whole ? item.q0 : static_cast<int32_t>(step / x_.h.head.phases));
+      DrawStage<Team>(x_, stage).run(step, static_cast<int32_t>(item.q0 + x_.period * item.qstep));
       if (cancelled) post_stop(step + 1);
     }
   }

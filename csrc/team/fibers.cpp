@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <map>
 
-#include "functions.h"
+#include "maps.h"
 
 namespace fastgen::team {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 constexpr int32_t kMaxRows = 8;
 constexpr size_t kMaxInstrs = 96;
 
-bool reduces(int32_t fn) { return fn >= kSum; }
+bool reduces(int32_t fn) { return function_kind(fn) == FunctionKind::Reduce; }
 
 struct Node {
   int32_t micro;  // -1: a linear row
@@ -150,6 +150,7 @@ class Splitter {
     if (m.fn == kStore) i.b = m.b, i.c = m.c + lane;
     if (m.fn == kEmbed) i.b = m.b + lane, i.c = m.n;
     if (m.fn == kGather || m.fn == kBroadcast || reduces(m.fn)) i.fn = kCopy;  // of one lane
+    i.operands = operands_of(i.fn);
     return i;
   }
 
@@ -223,7 +224,7 @@ class Splitter {
       busy_until[free] = last[i.dst] == k ? k + 1 : last[i.dst];
     }
     for (Instr& i : out->instrs) {
-      const int vectors = i.fn == kStore || i.fn == kEmbed ? 1 : operands_of(i.fn);
+      const int vectors = i.operands;
       if (vectors > 0 && i.a >= 0) i.a = place[i.a];
       if (vectors > 1 && i.b >= 0) i.b = place[i.b];
       if (vectors > 2 && i.c >= 0) i.c = place[i.c];
@@ -234,7 +235,7 @@ class Splitter {
 
   template <class F>
   static void for_operands(const Instr& i, F f) {
-    const int vectors = i.fn == kStore || i.fn == kEmbed ? 1 : operands_of(i.fn);
+    const int vectors = i.operands;
     if (vectors > 0 && i.a >= 0) f(i.a);
     if (vectors > 1 && i.b >= 0) f(i.b);
     if (vectors > 2 && i.c >= 0) f(i.c);

@@ -1,7 +1,7 @@
 // A stage of columns: one warp runs the whole vector program of a column (= site x slot), its scratch in shared memory.
 #pragma once
 #include "context.h"
-#include "functions.h"
+#include "maps.h"
 
 namespace fastgen::team {
 

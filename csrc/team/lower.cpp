@@ -232,9 +232,9 @@ class Lowering {
 
   // The draw of one phase: its places are the parameters.
   void add_draw(int32_t phase) {
-    const Tap* taps = p_.taps + p_.head.tap0;
-    const std::vector<Tap> mine(taps + p_.head.tap_ptr[phase], taps + p_.head.tap_ptr[phase + 1]);
+    const std::vector<Tap> mine(p_.taps + p_.param_ptr[phase], p_.taps + p_.param_ptr[phase + 1]);
     Draft d = start_stage(kDraw, -1, mine, 0);
+    d.stage.phase = phase;
     d.writes.insert(p_.head.input);
     add_stage(std::move(d), mine, {});
   }
@@ -250,7 +250,8 @@ class Lowering {
         for (int32_t i = row[0]; i < row[1]; ++i) schedule(p_.row_items[i]);
       }
       for (int32_t i = p_.step_ptr[t]; i < p_.step_ptr[t + 1]; ++i) schedule(p_.step_items[i]);
-      schedule_stage(first_stage_[p_.nops] + t % p_.head.phases, {-1, p_.step_site[t], 1, 1});
+      const int32_t advance = p_.period / p_.head.phases;  // site_of_step: sites of a period
+      schedule_stage(first_stage_[p_.nops] + p_.step_phase[t], {-1, p_.step_site[t], 1, advance});
     }
   }
 

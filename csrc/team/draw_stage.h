@@ -26,7 +26,6 @@ class DrawStage {
 
  private:
   FG_D void draw(int64_t step, int32_t site, int32_t slot) {
-    const int32_t phase = static_cast<int32_t>(step % h_.phases);
     gather(step, site, slot);
     const uint64_t sample = x_.a.first + static_cast<uint64_t>(slot);
     for_lanes([&](int lane) {
@@ -35,7 +34,7 @@ class DrawStage {
     x_.team.sync_warp();
     const int32_t logits = head_logits(h_);
     const int32_t choice = logits > 0 ? pick(logits, uniforms_[0]) : 0;
-    const int32_t first = h_.phases == 1 ? 0 : phase, count = h_.phases == 1 ? h_.channels : 1;
+    const int32_t first = h_.phases == 1 ? 0 : s_.phase, count = h_.phases == 1 ? h_.channels : 1;
     const int64_t at = (static_cast<int64_t>(slot) * x_.h.rows * x_.h.cols + site) * h_.channels + first;
     for_lanes([&](int lane) {
       if (lane == 0) decide(at, count, choice);
@@ -49,7 +48,7 @@ class DrawStage {
   FG_D void decide(int64_t at, int32_t count, int32_t choice) const {
     float* known = nullptr;
     if (x_.a.mask != nullptr) {
-      known = values_ + h_.channels;
+      known = values_ + count;
       for (int32_t c = 0; c < count; ++c) known[c] = x_.a.mask[at + c] ? x_.a.given[at + c] : NAN;
     }
     head_value(h_, params_, choice, uniforms_, x_.a.temperature, values_, known);

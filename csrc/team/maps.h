@@ -2,6 +2,7 @@
 #pragma once
 #include <math.h>
 
+#include "../functions.h"
 #include "../rng.h"
 #include "lowered.h"
 
@@ -99,12 +100,10 @@ FG_HD inline float map_of(int32_t fn, float a, float b, float c, const float* im
   }
 }
 
-// How many vectors of operands a micro-op reads through a, b, c.
+// How many vectors of operands a micro-op reads through a, b, c, movement included.
 FG_HD inline int operands_of(int32_t fn) {
   if (fn == kLoad || fn == kFill) return 0;
-  if (fn < kAdd) return 1;
-  if (fn == kMulAdd || fn == kWhere) return 3;
-  return fn < kWhere ? 2 : 1;
+  return function_kind(fn) == FunctionKind::Move ? 1 : arity(fn);
 }
 
 }  // namespace fastgen::team

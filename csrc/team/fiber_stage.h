@@ -238,8 +238,7 @@ class FiberStage : FiberBlock<P, Team> {
       *to = x_.consts[in.b + static_cast<int64_t>(row) * in.c + lane];
       return;
     }
-    const int count = operands_of(in.fn);
-    const float b = count > 1 ? operand(in.b) : 0.0f, c = count > 2 ? operand(in.c) : 0.0f;
+    const float b = in.operands > 1 ? operand(in.b) : 0.0f, c = in.operands > 2 ? operand(in.c) : 0.0f;
     *to = map_of(in.fn, a, b, c, &in.imm0);
   }
 
