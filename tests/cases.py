@@ -1,5 +1,15 @@
 """Models that a user might have written, as cases that every executor must take as they are.
 
+How to add one: in the tests/zoo_*.py that fits (tests/zoo.py gathers them) write the module as a person would, small (some
+hundred values a sample), and append to that file's CASES
+
+    Case("name-of-what-is-odd", lambda: randomise(Net(8), 70), (3, 6, 5), Categorical(6, params="B(n*C)*"))
+
+`randomise` gives weights that keep activations alive; the seed is any number no other case has. What else `compile` must be
+told (conditioning, layout, predicts, start, order) are fields of `Case`. That is all: test_cases.py checks that the module is
+causal in its order and alive, test_law.py, test_native.py and test_team.py run it on every executor, test_properties.py at
+other lengths, `make sanitize` its program in C++. What must be refused is a `bad(...)` in tests/zoo_bad.py.
+
 `cases()` lists them, `bad_cases()` lists modules that must be refused, each with its error. A case added to
 one of the lists (see tests/zoo.py) is tested on every executor by that alone. `assert_causal` checks a case
 against its own declared order by perturbing its input, without any of the planner's machinery.

@@ -36,6 +36,18 @@ class MaskedConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight * self.mask, self.bias)
 
 
+class Arctangent(nn.Module):
+    """An activation that is no layer of torch's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = MaskedConv2d("A", 1, width, 5, padding=2)
+        self.out = nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(2 / torch.pi * torch.atan(self.first(x)))
+
+
 def sequential() -> nn.Module:
     """The textbook PixelCNN: one nn.Sequential with BatchNorm."""
     net = nn.Sequential(
@@ -207,6 +219,12 @@ class TiedOneHot(nn.Module):
 
 
 CASES = [
+    Case(
+        "masked-arctangent",
+        lambda: randomise(Arctangent(8), 70, 2.0),
+        (1, 6, 7),
+        Categorical(5, encode="symmetric"),
+    ),
     Case("masked-sequential", sequential, (1, 8, 8), Categorical(16, encode="unit")),
     Case("masked-inplace-binary", lambda: randomise(BinaryNet(), 2).train(), (1, 8, 8), Bernoulli()),
     Case("masked-parametrized", lambda: randomise(ResidualNet(8), 3), (1, 7, 9), Categorical(8)),

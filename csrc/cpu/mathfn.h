@@ -174,6 +174,11 @@ FG_INLINE float remainder_of(float a, float b) {
   return r != 0.0f && (b < 0.0f) != (r < 0.0f) ? r + b : r;
 }
 
+FG_INLINE Vec each(float (*fn)(float), Vec a) {
+  for (int i = 0; i < kWidth; ++i) a[i] = fn(a[i]);
+  return a;
+}
+
 FG_INLINE Vec each(float (*fn)(float, float), Vec a, Vec b) {
   Vec y = a;
   for (int i = 0; i < kWidth; ++i) y[i] = fn(a[i], b[i]);

@@ -78,6 +78,7 @@ FG_HD inline float map_of(int32_t fn, float a, float b, float c, const float* im
     case kAffine: return fmaf(a, imm[0], imm[1]);
     case kPowScalar: return power(a, imm[0]);
     case kScalarPow: return powf(imm[0], a);
+    case kAtan: return atanf(a);
     case kAdd: return a + b;
     case kSub: return a - b;
     case kMul: return a * b;

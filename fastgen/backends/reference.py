@@ -25,7 +25,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin, "cos": torch.cos, "reciprocal": torch.reciprocal, "log1p": torch.log1p, "expm1": torch.expm1,
     "erf": torch.erf, "sign": torch.sign, "floor": torch.floor, "ceil": torch.ceil, "round": torch.round,
     "trunc": torch.trunc, "not": lambda a: (a == 0).float(), "silu": F.silu, "gelu": F.gelu,
-    "gelutanh": lambda a: F.gelu(a, approximate="tanh"),
+    "atan": torch.atan, "gelutanh": lambda a: F.gelu(a, approximate="tanh"),
 }  # fmt: skip
 WITH_IMM: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
     "elu": lambda a, p, q, r: torch.where(a > 0, q * a, q * p * torch.expm1(torch.clamp(a, max=0) * r)),

@@ -25,7 +25,7 @@ from fastgen.graph.refs import Affine, Pair, Piece, Ref, runs
 # aten name -> our name; operands in aten's order, no parameters
 PLAIN = {
     "neg": "neg", "exp": "exp", "log": "log", "tanh": "tanh", "sigmoid": "sigmoid", "relu": "relu", "abs": "abs",
-    "sqrt": "sqrt", "rsqrt": "rsqrt", "sin": "sin", "cos": "cos", "reciprocal": "reciprocal", "log1p": "log1p",
+    "sqrt": "sqrt", "rsqrt": "rsqrt", "sin": "sin", "cos": "cos", "atan": "atan", "reciprocal": "reciprocal", "log1p": "log1p",
     "expm1": "expm1", "erf": "erf", "sign": "sign", "sgn": "sign", "floor": "floor", "ceil": "ceil", "round": "round",
     "trunc": "trunc", "fix": "trunc", "logical_not": "not", "silu": "silu", "mul": "mul", "div": "div",
     "maximum": "maximum", "minimum": "minimum", "pow": "pow", "eq": "eq", "ne": "ne", "gt": "gt", "ge": "ge", "lt": "lt",

@@ -24,8 +24,8 @@ from fastgen.plan.schedule import Clock, check, schedule
 from fastgen.plan.units import Unit, merge_sums, split
 from fastgen.spec import Spec
 
-# Steps per row of a sequence: what is this far back is summed in batches. Longer rows batch more, but hoist less of what
-# is near; of 4, 8 and 16, 8 was fastest on WaveNets on a CPU.
+# Steps per row of a sequence: what is at least this far back is summed in batches, what is nearer is site work. Longer
+# rows batch more columns at once, and leave more of a layer's taps behind.
 CHUNK = 8
 LONG = 1024  # sequences longer than this are planned on a shorter one: its schedule repeats, and planning is cheap
 SHORT = 64  # sequences shorter than this are planned like images, step by step: they hold no period to repeat
