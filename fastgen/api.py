@@ -14,7 +14,7 @@ from fastgen.backends.request import Request
 from fastgen.checks import whole_number
 from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError, VerifyError
 from fastgen.forward import device_of
-from fastgen.heads import Head
+from fastgen.heads import HEADS, Head
 from fastgen.placement import placed
 from fastgen.sampler import Sampler
 from fastgen.spec import Spec
@@ -63,7 +63,7 @@ def compile(
     if shape is None or not isinstance(head, Head):
         raise TypeError(
             f"{type(model).__name__} does not say what a sample is; pass shape= (one sample, without the batch) and "
-            "head= (fastgen.heads.LogisticMixture, Categorical, Bernoulli or GaussianMixture)"
+            f"head= (of fastgen.heads: {', '.join(h.name for h in HEADS)})"
         )
     if cond is None:
         example: Any = getattr(model, "example_cond", tuple)

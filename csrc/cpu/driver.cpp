@@ -10,7 +10,7 @@ namespace fastgen {
 namespace {
 
 constexpr int64_t kScratchFloats = 256 << 10;
-constexpr double kHandOverCycles = 1200;  // to open an op and to wait for its end
+constexpr double kHandOverCycles = 1200;  // the pool takes to open a stage and to see its end (pool.h)
 
 // Weights that reach one core in a cycle, from the last-level cache or from memory.
 double bytes_per_cycle(int64_t all_weights) { return all_weights <= (16 << 20) ? 24 : 7; }

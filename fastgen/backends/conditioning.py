@@ -34,10 +34,10 @@ FORMS = 8  # shapes of conditioning that are remembered
 
 
 class _Done(Exception):
-    """Everything has been harvested."""
+    """Everything has been found."""
 
 
-class _Harvest(TorchDispatchMode):
+class _Collector(TorchDispatchMode):
     """Follows which storages hold sampled values and collects the arguments at the points."""
 
     def __init__(self, path: ModulePath, points: list[Point], x: Tensor, shapes: Shapes) -> None:
@@ -141,7 +141,7 @@ class Conditioning:
         with eval_mode(self.model), path.watching():
             x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
             cond = tuple(plain(c) for c in cond)
-            mode = _Harvest(path, self.graph.points, x, shapes)
+            mode = _Collector(path, self.graph.points, x, shapes)
             try:
                 with mode:
                     self.model(x, *cond)

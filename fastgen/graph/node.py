@@ -117,5 +117,7 @@ class Graph:
 
     nodes: list[Node]
     params: list[int]
-    points: list[tuple[str, str, int, int]]  # harvest points: (module path, aten op, which call of it, argument)
+    points: list[
+        tuple[str, str, int, int]
+    ]  # where conditioning is read: (module path, aten op, which call of it, argument)
     notes: list[str]

@@ -6,4 +6,11 @@ from fastgen.heads.categorical import Categorical
 from fastgen.heads.gaussian_mixture import GaussianMixture
 from fastgen.heads.logistic_mixture import LogisticMixture
 
-__all__ = ["LAYOUTS", "Bernoulli", "Categorical", "GaussianMixture", "Head", "LogisticMixture"]
+HEADS: tuple[type[Head], ...] = (
+    LogisticMixture,
+    Categorical,
+    Bernoulli,
+    GaussianMixture,
+)  # in the order of their kinds
+
+__all__ = ["HEADS", "LAYOUTS", "Bernoulli", "Categorical", "GaussianMixture", "Head", "LogisticMixture"]
