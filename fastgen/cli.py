@@ -256,10 +256,10 @@ def _about(folder: Path) -> str:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    script = Path(__file__).resolve().parent.parent / "bench" / "run.py"
-    if not script.is_file():
-        raise FastgenError("the benchmarks are not in the installed package: run bench/run.py of a checkout")
-    return subprocess.call([sys.executable, str(script), *args.rest])
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench" / "run.py").is_file():
+        raise FastgenError("the benchmarks are not in the installed package: run python -m bench.run in a checkout")
+    return subprocess.call([sys.executable, "-m", "bench.run", *args.rest], cwd=root)
 
 
 # ---- the parser --------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     _add_model(command(_plan, "print what runs per row and per site", _PLAN_EXAMPLES))
     command(_info, "print versions, this machine, and the models there are", "  fastgen info")
-    command(_bench, "run the benchmarks of a checkout; options go to bench/run.py", "  fastgen bench --help",
+    command(_bench, "run the benchmarks of a checkout; options go to bench.run", "  fastgen bench --help",
             add_help=False)
     return parser
 

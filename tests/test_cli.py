@@ -327,7 +327,7 @@ def test_bench_runs_the_checkouts_script(
 ) -> None:
     monkeypatch.setattr(cli, "__file__", str(here / "fastgen" / "cli.py"))
     assert run("bench", "--anything") == 2
-    assert "run bench/run.py of a checkout" in capsys.readouterr().err
+    assert "run python -m bench.run in a checkout" in capsys.readouterr().err
     (here / "bench").mkdir()
     (here / "bench" / "run.py").write_text("import sys; sys.exit(len(sys.argv[1]))")
     assert run("bench", "--help") == 6
