@@ -33,8 +33,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def find(tool: str) -> str:
-    """On the PATH or beside this Python: an environment need not be activated."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    """Beside this Python, where an environment has its own, or on the PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     found = shutil.which(tool, path=path)
     if found is None:
         raise SystemExit(f"bench.gpu.build: {tool} is needed, and was not found")
