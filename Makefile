@@ -12,7 +12,7 @@ ARGS   ?=
 
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
-CXXSRC := $(shell find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXXSRC := $(shell find csrc bench/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILDSRC := $(CXXSRC) csrc/functions.def
 BUILT  := $(wildcard fastgen/_native*.so)
 say     = @printf 'fastgen: %s\n' "$(1)"
@@ -77,7 +77,7 @@ sanitize-address sanitize-thread: $(VENV)/.built
 	@cd build/$@ && "$(abspath $(VENV))/bin/ctest" --output-on-failure --no-tests=error
 
 bench: build
-	@$(PY) bench/run.py $(ARGS)
+	@$(PY) -m bench.run $(ARGS)
 
 train: build
 	@test -n "$(NAME)" || { echo "which recipe? make train NAME=...; python -m fastgen train --help lists them"; exit 2; }

@@ -62,7 +62,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels"],
+    packages=[*find_packages(include=["fastgen", "fastgen.*"], exclude=["fastgen.kernels"]), "fastgen.kernels"],
     package_dir={"fastgen.kernels": "kernels"},
     ext_modules=[Extension("fastgen._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -41,7 +41,7 @@ def against(revision: str, arguments: list[str]) -> tuple[Result, Result]:
         for turn in range(ROUNDS):
             for results, tree in zip(runs, (ROOT, folder), strict=True):
                 out = folder / f"bench-{len(runs[0])}-{len(runs[1])}-{turn}"
-                _call(tree, ["bench/run.py", *arguments, "--only-ours", "--out", str(out)])
+                _call(tree, ["-m", "bench.run", *arguments, "--only-ours", "--out", str(out)])
                 results.append(json.loads(next(out.glob("*.json")).read_text()))
     here, there = (_merged(results) for results in runs)
     there["machine"]["revision"] = known.stdout.strip()

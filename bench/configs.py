@@ -16,6 +16,7 @@ from fastgen.models.base import ReferenceModel
 from fastgen.models.wavenet import WaveNet
 from fastgen.spec import Spec
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = (
     "pixelcnnpp-cifar",
     "pixelcnnpp-mnist",
@@ -69,8 +70,17 @@ class Case:
         return (spec.encode(spec.example_values(batch)), *self.cond(batch, self.window))
 
 
-def make(name: str, length: int) -> Case:
-    """A case by name. Raises ValueError for an unknown name."""
+def batches(text: str) -> list[int]:
+    """Comma-separated batch sizes, as an option gives them."""
+    found = [int(b) for b in text.split(",")]
+    if min(found) < 1:
+        raise ValueError("batches are at least 1")
+    return found
+
+
+def make(name: str, length: int, rows: int | None = None) -> Case:
+    """A case by name; length: sites of a sequence; rows: of an image, fewer than it has. Raises ValueError for an
+    unknown name."""
     if name not in NAMES:
         raise ValueError(f"unknown configuration {name!r}, expected one of {', '.join(NAMES)}")
     with torch.random.fork_rng():
@@ -79,4 +89,6 @@ def make(name: str, length: int) -> Case:
     spec = Spec(model.sample_shape, model.head, model.layout, model.predicts, model.start)
     if spec.sequence:
         spec = replace(spec, shape=(model.sample_shape[0], length))
+    elif rows is not None:
+        spec = replace(spec, shape=(*model.sample_shape[:-2], rows, model.sample_shape[-1]))
     return Case(name, model, spec)

@@ -11,6 +11,11 @@ from typing import Any
 Result = dict[str, Any]
 
 
+def number(x: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3g}"
+
+
 def render(results: Result) -> str:
     """The whole report, from what run.py wrote."""
     lines = [_machine(results["machine"], results["options"]), ""]
@@ -33,7 +38,7 @@ def compare(new: Result, old: Result) -> str:
             base = before.get((c["name"], r["batch"], r["name"]))
             if base is not None:
                 was, now = median(base["step_seconds"]), median(r["step_seconds"])
-                cells = [c["name"], str(r["batch"]), r["name"], _number(was * 1e3), _number(now * 1e3)]
+                cells = [c["name"], str(r["batch"]), r["name"], number(was * 1e3), number(now * 1e3)]
                 lines.append(f"| {' | '.join(cells)} | {was / now:.2f} |")
     return "\n".join(lines) + "\n"
 
@@ -54,7 +59,7 @@ def _machine(m: Result, options: Result) -> str:
 
 def _config(c: Result, machine: Result) -> list[str]:
     plan = c["plan"]
-    peak = "" if plan.get("peak_mib") is None else f", peak memory {_number(plan['peak_mib'])} MiB"
+    peak = "" if plan.get("peak_mib") is None else f", peak memory {number(plan['peak_mib'])} MiB"
     unit = "samples/s per stream" if c["audio"] else "seconds for the batch"
     lines = [
         f"### {c['name']}",
@@ -83,16 +88,16 @@ def _row(c: Result, row: Result, machine: Result) -> str:
     times = row["step_seconds"]
     mid = median(times)
     rates = [1 / t if c["audio"] else t * c["steps"] for t in (mid, min(times), max(times))]
-    cells = [str(row["batch"]), row["name"], _number(rates[0])]
-    cells.append("once" if len(times) == 1 else f"{_number(rates[1])}-{_number(rates[2])}")
+    cells = [str(row["batch"]), row["name"], number(rates[0])]
+    cells.append("once" if len(times) == 1 else f"{number(rates[1])}-{number(rates[2])}")
     cells.append(_ratio(c, row, "naive loop"))
     if c["audio"]:
         cells.append(_ratio(c, row, "eager queues"))
     if "weight_bytes_per_step" in row:
         gflops = 2e-9 * row["macs_per_step"] * row["batch"] / mid
         gbps = 1e-9 * row["weight_bytes_per_step"] / mid
-        cells += [_number(gflops), f"{gflops / machine['gflops']:.0%}"]
-        cells += [_number(gbps), f"{gbps / machine['read_gbps']:.0%}"]
+        cells += [number(gflops), f"{gflops / machine['gflops']:.0%}"]
+        cells += [number(gbps), f"{gbps / machine['read_gbps']:.0%}"]
     else:
         cells += ["", "", "", ""]
     return f"| {' | '.join(cells)} |"
@@ -102,13 +107,8 @@ def _ratio(c: Result, row: Result, peer: str) -> str:
     """How much faster than the peer at the same batch."""
     for other in c["rows"]:
         if other["name"] == peer and other["batch"] == row["batch"] and other is not row:
-            return _number(median(other["step_seconds"]) / median(row["step_seconds"]))
+            return number(median(other["step_seconds"]) / median(row["step_seconds"]))
     return ""
-
-
-def _number(x: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3g}"
 
 
 if __name__ == "__main__":

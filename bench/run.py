@@ -1,8 +1,8 @@
 """Times sampling against the naive loop and against a careful eager loop, and says what the machine allows.
 
-    python bench/run.py                        all, at batches 1, 4 and 16 (about 12 minutes on 2 cores)
-    python bench/run.py --quick                batch 1, once, short audio: does it still run, roughly how fast
-    python bench/run.py --config wavenet-nv --batch 1,16 --base HEAD~1
+    python -m bench.run                        all, at batches 1, 4 and 16 (about 12 minutes on 2 cores)
+    python -m bench.run --quick                batch 1, once, short audio: does it still run, roughly how fast
+    python -m bench.run --config wavenet-nv --batch 1,16 --base HEAD~1
 
 Writes <out>/<date>-<revision>.json and .md. All that is compared is measured in this run, in turns, so that a
 disturbance of the machine meets all of it; every figure comes with its spread.
@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 import fastgen
@@ -33,10 +31,10 @@ EAGER_CHECK_SITES = 600  # beyond the longest dilation, 512
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="bench/run.py", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(prog="bench.run", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--config", nargs="+", choices=configs.NAMES, default=list(configs.NAMES), metavar="NAME",
                    help=f"any of {', '.join(configs.NAMES)}; default all")  # fmt: skip
-    p.add_argument("--batch", type=_batches, help="comma-separated; default 1,4,16")
+    p.add_argument("--batch", type=configs.batches, help="comma-separated; default 1,4,16")
     p.add_argument("--quick", action="store_true", help="batch 1, one repeat, no reference, no memory figure")
     p.add_argument("--threads", type=int, default=machine.cores(), help="default: all CPUs this process may use")
     p.add_argument("--repeats", type=int, help="default 3")
@@ -51,13 +49,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _batches(text: str) -> list[int]:
-    batches = [int(b) for b in text.split(",")]
-    if min(batches) < 1:
-        raise ValueError("batches are at least 1")
-    return batches
-
-
 def _compile(case: configs.Case, args: argparse.Namespace) -> tuple[Sampler, dict[str, Any]]:
     """The float32 sampler, and what making it cost (memory: in a process of its own)."""
     began = time.perf_counter()
@@ -68,8 +59,8 @@ def _compile(case: configs.Case, args: argparse.Namespace) -> tuple[Sampler, dic
         "peak_mib": None,
     }
     if not args.quick and not args.only_ours:
-        script = [sys.executable, str(Path(__file__).with_name("plan_cost.py"))]
-        done = subprocess.run([*script, case.name, str(AUDIO_SITES)], stdout=subprocess.PIPE, text=True, check=True)
+        command = [sys.executable, "-m", "bench.plan_cost", case.name, str(AUDIO_SITES)]
+        done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True)
         cost = json.loads(done.stdout.splitlines()[-1])
     return sampler, cost
 

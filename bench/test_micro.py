@@ -15,6 +15,7 @@ import torch
 from fastgen import heads
 from fastgen.native import native
 from fastgen.program import records as T
+from fastgen.program.functions import function_codes
 from fastgen.spec import Spec
 
 ISAS: list[str] = native().isas()
@@ -36,8 +37,7 @@ def linear_tables(k: int, outputs: int, sites: int, copies: int, repeats: int, h
     consts = made.standard_normal(sites * k + panels * T.PANEL, np.float32)  # the inputs, then a bias
     head = np.zeros(1, T.dtype_of(T.Head))
     head["kind"], head["channels"], head["phases"], head["n"], head["params"] = 2, 1, 1, 1, 1  # Bernoulli
-    head["tap0"], head["enc"], head["table"], head["start"] = 1, 1, -1, -1
-    head["tap_ptr"][0, 1:] = 1
+    head["enc"], head["table"], head["start"] = 1, -1, -1
     ops = [
         (0, 1, outputs, k, c * size, sites * k, -1, -1, 0, 1, panels * T.PANEL, 1, 1, 0, 0, 1, sites, 0)
         for c in range(copies)
@@ -52,15 +52,18 @@ def linear_tables(k: int, outputs: int, sites: int, copies: int, repeats: int, h
             T.dtype_of(T.Buffer),
         ),
         "taps": np.array(
-            [(1, 0, k, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites), (2, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites)], T.dtype_of(T.Tap)
+            [(1, 0, k, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites), (2, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, sites)],
+            T.dtype_of(T.Tap),
         ),
-        "code": np.array([(T.FN["store"], 0, 0, 2, 0, outputs, 0, 0, 0)], T.dtype_of(T.Micro)),
+        "code": np.array([(function_codes()["store"], 0, 0, 2, 0, outputs, 0, 0, 0)], T.dtype_of(T.Micro)),
         "ops": np.array(ops, T.dtype_of(T.Op)),
         "row_items": np.array([(r % copies, 0, sites, 1) for r in range(repeats)], T.dtype_of(T.Item)),
         "row_ptr": np.array([0, repeats], np.int32),
         "step_items": np.zeros(0, T.dtype_of(T.Item)),
         "step_ptr": np.zeros(2, np.int32),
         "step_site": np.zeros(1, np.int32),
+        "step_phase": np.zeros(1, np.int32),
+        "param_ptr": np.array([1, 2], np.int32),
         "weights": weights.bfloat16().view(torch.int16).numpy().view(np.uint16) if half else weights.numpy(),
         "consts": consts,
         "head": head,
@@ -124,7 +127,7 @@ def test_map(benchmark: Any, fn: str, isa: str) -> None:
     benchmark.group = f"map {fn}"
     x: npt.NDArray[np.float32] = np.random.default_rng(0).uniform(0.1, 3.0, 1 << 14).astype(np.float32)
     operands = {"add": (x, x), "muladd": (x, x, x)}.get(fn, (x,))
-    benchmark(native().map, T.FN[fn], *operands, imm=[1.0, 1.0, 1.0], isa=isa)
+    benchmark(native().map, function_codes()[fn], *operands, imm=[1.0, 1.0, 1.0], isa=isa)
     if benchmark.stats is not None:
         benchmark.extra_info["ns_per_float"] = 1e9 * benchmark.stats["median"] / x.size
 

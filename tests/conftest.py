@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` wait for one; bench/gpu.sh runs them."""
+    """Tests marked `gpu` wait for one; python -m bench.gpu runs those of tests/gpu."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgen import heads, ops, rng
+from fastgen import heads, ops
 from fastgen.errors import ShapeError
 from fastgen.kernels import common, conv, conv_grad, draw, mixture
 from fastgen.ops.dispatch import interpreted
+from tests.kernel_compare import check_draws, check_log_prob, mixture_case
 
 SETTINGS = settings(max_examples=16, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -252,39 +253,6 @@ def test_convolutions_write_inside_their_tensors(last: bool) -> None:
 
 
 # ---- mixtures of logistics ---------------------------------------------------------------------------------
-def mixture_case(
-    lead: Sequence[int], channels: int, mixtures: int, levels: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    params = torch.randn(*lead, mixtures * (3 if channels == 1 else 10)) * scale
-    x = torch.rand(*lead, channels) * 2.2 - 1.1  # a tenth at either end
-    x = x.clamp(-1, 1)
-    if levels is not None:
-        x = ((x + 1) * (levels - 1) / 2).round() / ((levels - 1) / 2) - 1
-    return params, x
-
-
-def check_log_prob(params: Tensor, x: Tensor, levels: int | None, floor: float) -> None:
-    """Values to a few rounding steps of the largest term; gradients to the same of the largest derivative."""
-    params.requires_grad_()
-    exact = params.detach().double().requires_grad_()
-    y = ops.logistic_mixture_log_prob(params, x, levels=levels, floor=floor)
-    expected = ops.logistic_mixture_log_prob_reference(exact, x.double(), levels=levels, floor=floor)
-    assert y.dtype == torch.float32
-    assert y.shape == x.shape[:-1]
-    if not y.numel():
-        return
-    eps = torch.finfo(torch.float32).eps
-    terms = 1 + float(expected.detach().abs().max()) + float(exact.detach().nan_to_num(neginf=0).abs().max())
-    assert float((y - expected).detach().abs().max()) <= 8 * eps * terms
-    seed = torch.randn(y.shape)
-    (found,) = torch.autograd.grad(y, params, seed)
-    (wanted,) = torch.autograd.grad(expected, exact, seed.double())
-    assert found.stride() == params.stride() or not params.is_contiguous()
-    # A posterior is exp of a difference of terms, so its relative error is that of the terms.
-    allowed = (1 + float(wanted.abs().max())) * (16 * eps * terms + 2 * torch.finfo(params.dtype).eps)
-    assert float((found - wanted).abs().max()) <= allowed
-
-
 @SETTINGS
 @given(
     lead=st.sampled_from([(1,), (0,), (3, 0, 2), (7,), (2, 33), (2, 3, 5), (2, 3, 4, 1)]),
@@ -401,17 +369,6 @@ def test_class_draws(seed: int, first: int, step: int, temperature: float) -> No
         else:
             head = heads.Categorical(classes)
             check_draws(found[..., None], wanted[..., None], head, logits, args)
-
-
-def check_draws(found: Tensor, wanted: Tensor, head: heads.Head, params: Tensor, args: tuple[Any, ...]) -> None:
-    """Equal, or a near tie of the head; and near ties are rare."""
-    seed, first, step, temperature = args
-    samples = torch.arange(first, first + params.shape[0])
-    steps = step if params.dim() == 2 else torch.arange(step, step + params.shape[1])
-    u = rng.uniforms(seed, samples, steps, head.num_uniforms(found.shape[-1]))
-    differ = (found != wanted).any(-1)
-    assert bool((~differ | head.near_tie(params, params, u, found, temperature)).all())
-    assert int(differ.sum()) <= (0 if head.discrete or head.grid_levels else 0.01 * differ.numel())
 
 
 def test_draws_of_broken_parameters() -> None:

@@ -1,4 +1,4 @@
-"""The layers of the named configurations: what the tests compile the kernels for and what bench/layers.py times.
+"""The layers of the named configurations: what the tests compile the kernels for and what bench.layers times.
 
 A layer says which operation of fastgen.ops it is, its sizes, and makes its tensors; `run` computes it fused or as the
 plain torch reference. A layer added to LAYERS is compiled and timed by that alone.

@@ -1,13 +1,20 @@
-"""The benchmark itself: the report of fixed results, and the peer against forward."""
+"""The benchmark itself: the report of fixed results, the peer against forward, and the layers' timing on the CPU."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import report
 from bench.eager import TOLERANCE, Queue, error_against_forward
+from bench.layers import __main__ as layers
+from bench.layers import report as layers_report
 from fastgen.models import WaveNet
+from tests.kernel_shapes import Layer
 
 
 def results(step_seconds: float, revision: str) -> report.Result:
@@ -83,3 +90,41 @@ def test_the_eager_peer_equals_forward_past_the_receptive_field(
     push = Queue.push
     monkeypatch.setattr(Queue, "push", lambda queue, t, x: push(queue, t, x).roll(1, 1))
     assert error_against_forward(model, steps, cond) > TOLERANCE  # the check can tell
+
+
+def test_the_layers_are_checked_timed_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bench.layers on the CPU, small; its figures mean nothing, their form does."""
+    layer = Layer("small", "wavenet", (2, 8), 3, (2,), {"dilation": 2}, "map", skip=2)
+    monkeypatch.setattr(layers, "LAYERS", [layer])
+    monkeypatch.setattr(layers, "time_step", lambda *_: pytest.fail("not with --quick"))
+    time_loss = layers.time_loss
+    monkeypatch.setattr(layers, "time_loss", lambda *a: time_loss(*a, size=2))
+    named = dict.fromkeys(("device", "torch", "triton", "cuda", "date", "revision"), "some")
+    result: dict[str, Any] = {"machine": named, "options": {"rounds": 1}, "checks": [], "timings": []}
+    seen: list[int] = []
+    keep = layers.keep_in(result, tmp_path / "layers")
+
+    def kept(kind: str, row: dict[str, Any]) -> None:
+        keep(kind, row)
+        seen.append(len(json.loads((tmp_path / "layers.json").read_text())["timings"]))  # whole after every row
+
+    args = layers.parse(["--quick", "--batch", "2", "--rounds", "1", "--dtype", "float32"])
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    layers.run(args, kept, "cpu", compiled=False)
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+    assert seen == [0, 1, 2] and all(c["right"] for c in result["checks"])
+    assert [len(t["rows"]) for t in result["timings"]] == [2, 2]
+    rows = [line for line in (tmp_path / "layers.md").read_text().splitlines() if line.startswith("| small")]
+    assert [row.split("|")[4].strip() for row in rows] == ["fused", "eager"]
+    assert layers_report.plot(result).count("<rect") == 5
+    lines = tmp_path / "names"
+    assert layers.main(["--list", "--lines", str(lines)]) == 0 and len(lines.read_text().splitlines()) == len(
+        layers.NAMES
+    )
+    if not torch.cuda.is_available():
+        capsys.readouterr()
+        assert layers.main([]) == 1
+        assert "no CUDA device" in capsys.readouterr().out

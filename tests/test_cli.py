@@ -330,7 +330,7 @@ def test_bench_runs_the_checkouts_script(
 ) -> None:
     monkeypatch.setattr(commands, "CHECKOUT", here)
     assert run("bench", "--anything") == 2
-    assert "run bench/run.py of a checkout" in capsys.readouterr().err
+    assert "run python -m bench.run in a checkout" in capsys.readouterr().err
     (here / "bench").mkdir()
     (here / "bench" / "run.py").write_text("import sys; sys.exit(len(sys.argv[1]))")
     assert run("bench", "--help") == 6

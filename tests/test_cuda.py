@@ -1,6 +1,6 @@
 """The CUDA executor's Python half without a GPU: torch.cuda and the native launch are stood in for, the launch by the same
-interpreter on host threads, so that memory, words, progress, cancelling and errors are those of a run. Tests marked `gpu`
-run only where there is one (bench/gpu.sh)."""
+interpreter on host threads, so that memory, words, progress, cancelling and errors are those of a run. With a GPU:
+tests/gpu."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastgen
 from fastgen import Sampler
 from fastgen.backends import cuda, team
 from fastgen.errors import Cancelled, FastgenError, UnsupportedError
@@ -27,7 +26,6 @@ from tests.conftest import Compiled
 from tests.oracle import at_length, by_name
 
 IMAGE, AUDIO = by_name("unet-pixelcnnpp")[0], at_length(by_name("wavenet-onehot")[0], 96)
-gpu = pytest.mark.gpu
 H200 = dict(name="stand-in", major=9, minor=0, multiprocessors=132, shared_bytes=232448, memory=1 << 37)
 
 
@@ -229,19 +227,3 @@ def test_a_copy_on_the_cpu() -> None:
     assert torch.equal(copied(x), before)
     assert copied.mask is not model.mask and copied.conv.weight_g is not model.conv.weight_g
     assert on_cpu(model) is model
-
-
-# ---- with a GPU ----------------------------------------------------------------------------------------------------
-@gpu
-@pytest.mark.parametrize("case", [IMAGE, AUDIO], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
-    said = dict(layout=case.layout, predicts=case.predicts, start=case.start)
-    model, cond = case.build(), case.cond()
-    there = fastgen.compile(model, case.shape, case.head, cond, device="cuda", dtype=dtype, **said)
-    drawn = there.sample(5, seed=2)
-    assert drawn.is_cuda
-    assert torch.equal(there.sample(2, seed=2, first=3), drawn[3:])
-    for name in ("cluster8", "grid", "cta"):
-        other = fastgen.compile(model, case.shape, case.head, cond, device="cuda", dtype=dtype, team=name, **said)
-        assert torch.equal(other.sample(5, seed=2), drawn)

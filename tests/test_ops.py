@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgen import heads, ops
 from fastgen.errors import ShapeError
 from fastgen.ops import dispatch
-from tests.kernel_shapes import LAYERS, Layer
+from tests.kernel_shapes import LAYERS
 
 Call = Callable[..., Any]
 
@@ -215,33 +215,11 @@ def test_nothing_is_kept_without_gradients() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_named_layers_have_the_shapes_they_say(layer: Any) -> None:
-    """What bench/layers.py times: on the meta device, fused and plain agree."""
+    """What bench.layers times: on the meta device, fused and plain agree."""
     tensors = {k: v.to("meta").requires_grad_() for k, v in layer.tensors(2, torch.float32).items()}
     fused, plain = layer.run(tensors, fused=True), layer.run(tensors, fused=False)
     assert fused.shape == plain.shape
     assert layer.op == "wavenet" or fused.shape == layer.y(2)
-
-
-def test_the_benchmark_checks_times_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    """bench/layers.py on the CPU, small; its figures mean nothing, their form does."""
-    from bench import layers, layers_report
-
-    layer = Layer("small", "wavenet", (2, 8), 3, (2,), {"dilation": 2}, "map", skip=2)
-    timings = [
-        layers.time_layer(layer, torch.float32, 2, 1, "cpu", compiled=False),
-        layers.time_loss(torch.float32, 1, 1, "cpu", compiled=False, size=2),
-    ]
-    named = dict.fromkeys(("gpu", "torch", "triton", "cuda", "date", "revision"), "some")
-    result = {"machine": named, "options": {"rounds": 1}, "checks": layers.check([layer], "cpu"), "timings": timings}
-    assert all(c["right"] for c in result["checks"])
-    assert [len(t["rows"]) for t in timings] == [2, 2]
-    rows = [line for line in layers_report.render(result).splitlines() if line.startswith("| small")]
-    assert [row.split("|")[4].strip() for row in rows] == ["fused", "eager"]
-    assert layers_report.plot(result).count("<rect") == 5
-    if not torch.cuda.is_available():
-        capsys.readouterr()
-        assert layers.main([]) == 1
-        assert "no CUDA device" in capsys.readouterr().out
 
 
 # ---- mixtures and draws ------------------------------------------------------------------------------------

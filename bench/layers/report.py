@@ -1,4 +1,4 @@
-"""What bench/layers.py measured, as a table and as a plot: seconds, ratios to the fused layer, peak memory."""
+"""What bench.layers measured, as a table and as a plot: seconds, ratios to the fused layer, peak memory."""
 
 from __future__ import annotations
 
@@ -11,29 +11,43 @@ Row = dict[str, Any]
 _COLOURS = {"eager": "#c44e52", "compile": "#dd8452", "fused": "#4c72b0", "fused, compile": "#55a868"}
 
 
-def line(timing: Row) -> str:
-    """One measurement in one line: times faster than each other contender, forward + backward."""
-    ours = median(timing["rows"]["fused"]["both"])
-    others = (f"{median(r['both']) / ours:.2f}x {n}" for n, r in timing["rows"].items() if n != "fused")
-    return f"{timing['name']} ({timing['dtype']}, batch {timing['batch']}): {ours * 1e3:.3f} ms, {', '.join(others)}"
+def line(row: Row) -> str:
+    """A row in one line: a layer's worst error, or how much faster it is than each contender, forward + backward."""
+    if "checked" in row:
+        worst = max(row["errors"].values())
+        return (
+            f"{'ok ' if row['right'] else 'BAD'} {row['checked']} {row['dtype']}: {worst:.2g} <= {row['allowed']:.2g}"
+        )
+    ours = median(row["rows"]["fused"]["both"])
+    others = (f"{median(r['both']) / ours:.2f}x {n}" for n, r in row["rows"].items() if n != "fused")
+    return f"{row['name']} ({row['dtype']}, batch {row['batch']}): {ours * 1e3:.3f} ms, {', '.join(others)}"
 
 
 def render(result: Row) -> str:
     """The whole report in markdown."""
     m = result["machine"]
-    wrong = [c for c in result["checks"] if not c["right"]]
     lines = [
-        f"{m['gpu']}; torch {m['torch']}, triton {m['triton']}, CUDA {m['cuda']}; {m['date']}; revision {m['revision']}.",
+        f"{m['device']}; torch {m['torch']}, triton {m['triton']}, CUDA {m['cuda']}; {m['date']}; revision "
+        f"{m['revision']}.",
         f"Medians of {result['options']['rounds']} rounds in turns, with the fastest and slowest; CUDA graphs, but for "
         "the training step, which runs as it is.",
         "",
-        f"Correctness against float64: {len(result['checks']) - len(wrong)} of {len(result['checks'])} right.",
-        *(f"- WRONG: {c['name']} {c['dtype']}: {c['errors']}, allowed {c['allowed']:.2g}" for c in wrong),
+        *table(result["checks"], result["timings"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(checks: list[Row], timings: list[Row]) -> list[str]:
+    """What was checked, and what was timed."""
+    wrong = [c for c in checks if not c["right"]]
+    lines = [
+        f"Correctness against float64: {len(checks) - len(wrong)} of {len(checks)} right.",
+        *(f"- WRONG: {c['checked']} {c['dtype']}: {c['errors']}, allowed {c['allowed']:.2g}" for c in wrong),
         "",
         "| layer | dtype | batch | method | forward ms | forward + backward ms | fused is faster | peak MiB | samples/s |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for timing in result["timings"]:
+    for timing in timings:
         ours = median(timing["rows"]["fused"]["both"])
         for name, row in timing["rows"].items():
             both = median(row["both"])
@@ -46,7 +60,7 @@ def render(result: Row) -> str:
                 f"{timing['batch'] / both:.0f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _ms(seconds: list[float]) -> str:
@@ -72,7 +86,7 @@ def plot(result: Row) -> str:
             )
             y += height
         y += 8
-    title = f"forward + backward time, eager = 1 ({result['machine']['gpu']}, {result['machine']['date']})"
+    title = f"forward + backward time, eager = 1 ({result['machine']['device']}, {result['machine']['date']})"
     head = f'<text x="{left}" y="18">{escape(title)}</text>'
     middle = left + width / 2
     rule = f'<line x1="{middle}" y1="26" x2="{middle}" y2="{y}" stroke="#888" stroke-dasharray="3"/>'

@@ -1,5 +1,5 @@
-// The kernels that bench/probe.cu times. Each repeats one thing many times; waits are bounded, and a partner that does
-// not come ends the kernel with a trap.
+// The kernels that bench/gpu/probe.cu times. Each repeats one thing many times; waits are bounded, and a partner that
+// does not come ends the kernel with a trap.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>

@@ -2,116 +2,29 @@
 // word takes from one to another, how fast a group of them reads weights out of the second-level cache, what an mma
 // costs, and all of it together in one stage of a network that a cluster shares.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a bench/probe.cu -o probe && ./probe probe.json
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a bench/gpu/probe.cu -o probe && ./probe probe.jsonl
 //
 // Every figure is the median of a few launches between two events, divided by the rounds inside the kernel; the rounds
 // are many, so that the launch does not count. Waits are bounded: a partner that does not come ends the kernel with a
-// trap. The result is a JSON object {device, measurements: [{group, name, value, unit, note}], errors}; the same as a
-// table goes to stdout. A measurement that fails is null, and is listed under errors; exit status 1. 2: no device; 3:
-// one that has no clusters.
+// trap. The results are JSON lines, written as they come: one of the device, one {group, name, value, unit, note} for
+// each measurement, one {error} for each that failed; the same as a table goes to stdout. A measurement that fails is
+// null; exit status 1. 2: no device; 3: one that has no clusters.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "probe_kernels.cuh"
+#include "probe_measure.cuh"
 
 namespace {
 
 using namespace probe;
-
-// ---- measuring ------------------------------------------------------------------------------------------------------
-
-struct Measurement {
-  std::string group, name, unit, note;
-  double value;
-};
-
-std::vector<Measurement> measurements;
-std::vector<std::string> errors;
-
-bool ok(cudaError_t error, const std::string& what) {
-  if (error == cudaSuccess) return true;
-  (void)cudaGetLastError();
-  errors.push_back(what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
-  return false;
-}
-
-void add(const std::string& group, const std::string& name, double value, const std::string& unit,
-         const std::string& note = "") {
-  measurements.push_back({group, name, unit, note, value});
-  std::printf("%-9s %-52s %10.3f %-10s %s\n", group.c_str(), name.c_str(), value, unit.c_str(), note.c_str());
-  std::fflush(stdout);
-}
-
-// Median microseconds of `launch` on the default stream, after one launch that does not count; NaN if it fails.
-double median_us(const std::string& what, const std::function<cudaError_t()>& launch, int repeats = 5) {
-  std::vector<double> times;
-  cudaEvent_t begin, end;
-  if (!ok(cudaEventCreate(&begin), what) || !ok(cudaEventCreate(&end), what)) return NAN;
-  for (int i = 0; i <= repeats; ++i) {
-    float ms = NAN;
-    if (!ok(cudaEventRecord(begin), what) || !ok(launch(), what) || !ok(cudaEventRecord(end), what) ||
-        !ok(cudaEventSynchronize(end), what) || !ok(cudaEventElapsedTime(&ms, begin, end), what))
-      return NAN;
-    if (i > 0) times.push_back(1e3 * ms);
-  }
-  (void)cudaEventDestroy(begin), (void)cudaEventDestroy(end);
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
-struct Shape {
-  int ctas, threads;
-  int cluster = 1;
-  bool cooperative = false;
-  size_t shared = 0;
-};
-
-struct Config {
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-
-  explicit Config(const Shape& s) {
-    config.gridDim = dim3(s.ctas), config.blockDim = dim3(s.threads), config.dynamicSmemBytes = s.shared;
-    if (s.cluster > 1) {
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {static_cast<unsigned>(s.cluster), 1, 1};
-    } else {
-      attribute.id = cudaLaunchAttributeCooperative;
-      attribute.val.cooperative = s.cooperative;
-    }
-    config.attrs = &attribute, config.numAttrs = 1;
-  }
-  Config(const Config&) = delete;  // it points into itself
-};
-
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), const Shape& shape, A... arguments) {
-  const Config c(shape);
-  return cudaLaunchKernelEx(&c.config, kernel, static_cast<P>(arguments)...);
-}
-
-// What a kernel may ask for beyond the portable: clusters over 8, shared memory over 48 KB.
-template <class K>
-bool allow(K* kernel, size_t shared, const std::string& what) {
-  return ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-            what) &&
-         ok(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
-}
-
-template <class K>
-int resident_clusters(K* kernel, const Shape& shape, const std::string& what) {
-  const Config c(shape);
-  int count = 0;
-  return ok(cudaOccupancyMaxActiveClusters(&count, kernel, &c.config), what) ? count : 0;
-}
 
 constexpr int kRounds = 20000;
 
@@ -269,7 +182,7 @@ void measure_stages() {
   double error = 0;
   for (size_t i = 0; i < x.size(); ++i) error = std::max(error, 1.0 * std::fabs(__bfloat162float(x[i]) - expected[i]));
   add("stage", name + ", largest error after " + std::to_string(few), error, "", "of values in 0..1");
-  if (!(error < 0.05)) errors.push_back("the fused stages compute something else: error " + std::to_string(error));
+  if (!(error < 0.05)) report_error("the fused stages compute something else: error " + std::to_string(error));
 
   const int most = resident_clusters(fused_stages, {kRanks, kStageThreads, kRanks, false, kStageShared}, name);
   add("stage", "clusters of 16 that fit at once", most, "", "200 KB of shared memory a CTA");
@@ -309,39 +222,6 @@ void measure_launches() {
   (void)cudaGraphExecDestroy(ready), (void)cudaGraphDestroy(graph), (void)cudaStreamDestroy(stream);
 }
 
-std::string number(double v) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.6g", v);
-  return std::isfinite(v) ? text : "null";
-}
-
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += static_cast<unsigned char>(c) < ' ' ? ' ' : c;
-  }
-  return out + '"';
-}
-
-bool write_json(const char* path, const cudaDeviceProp& p) {
-  std::FILE* f = std::fopen(path, "w");
-  if (!f) return false;
-  std::fprintf(f, "{\"device\": {\"name\": %s, \"multiprocessors\": %d, \"l2_mb\": %.1f, \"shared_bytes\": %zu},\n",
-               quoted(p.name).c_str(), p.multiProcessorCount, p.l2CacheSize / 1048576.0, p.sharedMemPerBlockOptin);
-  std::fprintf(f, " \"measurements\": [");
-  for (size_t i = 0; i < measurements.size(); ++i) {
-    const Measurement& m = measurements[i];
-    std::fprintf(f, "%s\n  {\"group\": %s, \"name\": %s, \"value\": %s, \"unit\": %s, \"note\": %s}", i ? "," : "",
-                 quoted(m.group).c_str(), quoted(m.name).c_str(), number(m.value).c_str(), quoted(m.unit).c_str(),
-                 quoted(m.note).c_str());
-  }
-  std::fprintf(f, "],\n \"errors\": [");
-  for (size_t i = 0; i < errors.size(); ++i) std::fprintf(f, "%s%s", i ? ", " : "", quoted(errors[i]).c_str());
-  std::fprintf(f, "]}\n");
-  return std::fclose(f) == 0;
-}
-
 bool measure_all(const cudaDeviceProp& p) {
   const size_t bytes = size_t{400} << 20;
   uint32_t *words = nullptr, *out = nullptr;
@@ -369,26 +249,28 @@ bool measure_all(const cudaDeviceProp& p) {
 
 int main(int argc, char** argv) {
   if (argc != 2) {
-    std::fprintf(stderr, "usage: probe OUT.json\n");
+    std::fprintf(stderr, "usage: probe OUT.jsonl\n");
     return 2;
   }
   int count = 0;
   cudaDeviceProp p = {};
   if (!ok(cudaGetDeviceCount(&count), "no CUDA device can be used") ||
-      !ok(cudaGetDeviceProperties(&p, 0), "cudaGetDeviceProperties")) {
-    std::fprintf(stderr, "probe: %s\n", errors.back().c_str());
+      !ok(cudaGetDeviceProperties(&p, 0), "cudaGetDeviceProperties"))
     return 2;
-  }
   if (p.major != 9) {
     std::fprintf(stderr, "probe: %s is sm_%d%d; this program is for clusters of sm_90\n", p.name, p.major, p.minor);
     return 3;
   }
-  std::printf("%s, %d multiprocessors, L2 %.0f MB\n", p.name, p.multiProcessorCount, p.l2CacheSize / 1048576.0);
-  measure_all(p);
-  for (const std::string& e : errors) std::fprintf(stderr, "probe: %s\n", e.c_str());
-  if (!write_json(argv[1], p)) {
+  results = std::fopen(argv[1], "a");
+  if (!results) {
     std::fprintf(stderr, "probe: cannot write %s\n", argv[1]);
     return 1;
   }
-  return errors.empty() ? 0 : 1;
+  std::printf("%s, %d multiprocessors, L2 %.0f MB\n", p.name, p.multiProcessorCount, p.l2CacheSize / 1048576.0);
+  write_line("{\"probed\": " + quoted(p.name) + ", \"multiprocessors\": " + number(p.multiProcessorCount) +
+             ", \"l2_mb\": " + number(p.l2CacheSize / 1048576.0) +
+             ", \"shared_bytes\": " + number(static_cast<double>(p.sharedMemPerBlockOptin)) + "}");
+  measure_all(p);
+  std::fclose(results);
+  return errors == 0 ? 0 : 1;
 }

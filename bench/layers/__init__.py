@@ -1,0 +1,1 @@
+"""The fused training layers against eager torch and torch.compile: python -m bench.layers."""
