@@ -13,7 +13,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
-OPTIONS = {"FASTGEN_CUDA": "AUTO", "FASTGEN_CUDA_ARCHITECTURES": ""}  # of CMake, from the environment; see CMakeLists.txt
+OPTIONS = {
+    "FASTGEN_CUDA": "AUTO",
+    "FASTGEN_CUDA_ARCHITECTURES": "",
+}  # of CMake, from the environment; see CMakeLists.txt
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
