@@ -1,5 +1,5 @@
-// Running lowered programs on a CUDA device: what it can hold, the launch, and the wait. In launch.cu; where it was built
-// without nvcc, in without_cuda.cpp, and then all calls throw CudaError.
+// Running lowered programs on a CUDA device: what it can hold, the launch, and the wait. In launch.cu; where it was
+// built without nvcc, in without_cuda.cpp, and then all calls throw CudaError.
 #pragma once
 #include <functional>
 #include <stdexcept>
