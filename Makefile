@@ -1,6 +1,7 @@
 # Everything from a fresh machine: Python >= 3.11 with venv, make and a C++ compiler are all that must be there.
 #   make sample    install, build, and draw images with the shipped model to samples.png
 #   make test      install, build, run the tests              (ARGS="-k wavenet" goes to pytest)
+#   make test-without-cuda   the extension as it is built without nvcc, in a folder of its own, and its tests
 #   make lint      ruff, mypy, clang-format                   (make format applies the formatters)
 #   make sanitize  the C++ tests under address, undefined-behaviour and thread sanitizers
 #   make bench | make train NAME=recipe | make clean | make distclean (also removes the environment)
@@ -17,7 +18,7 @@ BUILDSRC := $(CXXSRC) csrc/functions.def
 BUILT  := $(wildcard fastgen/_native*.so)
 say     = @printf 'fastgen: %s\n' "$(1)"
 
-.PHONY: build sample test lint lint-ruff lint-mypy lint-clang-format format sanitize sanitize-address \
+.PHONY: build sample test test-without-cuda lint lint-ruff lint-mypy lint-clang-format format sanitize sanitize-address \
   sanitize-thread bench train clean distclean FORCE
 .DEFAULT_GOAL := build
 
@@ -32,7 +33,7 @@ $(VENV)/.made:
 	@touch $@
 
 # A second run compiles only what changed: setup.py keeps its build folder.
-$(VENV)/.built: $(VENV)/.made pyproject.toml setup.py CMakeLists.txt $(BUILDSRC) $(if $(BUILT),,FORCE)
+$(VENV)/.built: $(VENV)/.made pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/cmake/*) $(BUILDSRC) $(if $(BUILT),,FORCE)
 	$(call say,building the extension and installing the package)
 	@$(PIP) install --no-build-isolation -e ".[test]"
 	@touch $@
@@ -48,6 +49,16 @@ sample: build
 test: build
 	$(call say,testing)
 	@$(PY) -m pytest -q $(ARGS)
+
+# Not optimised: it is compiled in half the time, and the tests that it is for take seconds.
+test-without-cuda: $(VENV)/.built
+	$(call say,building without CUDA)
+	@$(VENV)/bin/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(VENV))/bin/ninja" -DFASTGEN_CUDA=OFF \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DPYBIND11_FINDPYTHON=ON \
+	  "-DPython_EXECUTABLE=$(abspath $(PY))" "-Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)" >build/$@.log
+	@$(VENV)/bin/cmake --build build/$@ --target _native >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
+	$(call say,testing without CUDA)
+	@$(PY) -m pytest -q --extension build/$@/_native*.so tests/test_team.py tests/test_cuda.py tests/test_errors.py
 
 lint: lint-ruff lint-mypy lint-clang-format
 lint-ruff: $(VENV)/.dev

@@ -13,6 +13,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
+OPTIONS = {
+    "FASTGEN_CUDA": "AUTO",
+    "FASTGEN_CUDA_ARCHITECTURES": "",
+}  # of CMake, from the environment; see CMakeLists.txt
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
@@ -53,6 +57,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DPYBIND11_FINDPYTHON=ON",
+            *(f"-D{name}={os.environ.get(name) or default}" for name, default in OPTIONS.items()),
         ]
         for command in (configure, [cmake, "--build", str(build), "--target", "_native"]):
             if subprocess.run(command, check=False).returncode:

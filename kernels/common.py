@@ -54,15 +54,20 @@ def product(dtype: torch.dtype, kind: int) -> dict[str, Any]:
     return {"DOT": tl.float32 if INTERPRETED else types[dtype], "PRECISION": precision}
 
 
+NARROW = 32  # columns
+
+
 def choose(tiles: dict[tuple[str, str], Tile], dtype: torch.dtype, size: Sequence[int], channels: int) -> Tile:
-    """From a table by width of the numbers and size of an image; few channels get narrow columns.
+    """From a table by width of the numbers and size of an image; with narrow columns where more than a tenth of wide
+    ones would be empty: few channels, or 160, which are five times 32 but three times 64.
 
     The batch has no say, nor has the length of a single row of pixels, which may be the rows of a product: so the bytes
     of a sample, or of such a row, do not depend on how many others there are.
     """
     width = "single" if dtype == torch.float32 else "half"
     tile = tiles[width, "small" if size[0] == 1 or size[0] * size[1] <= 64 else "large"]
-    return tile._replace(n=32) if channels <= 32 else tile
+    saved = cdiv(channels, tile.n) * tile.n - cdiv(channels, NARROW) * NARROW
+    return tile._replace(n=NARROW) if 10 * saved > channels else tile
 
 
 # ---- activations -------------------------------------------------------------------------------------------
@@ -79,13 +84,17 @@ def tanh(x):
 
 
 @triton.jit
-def elu(x):
-    return tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+def elu_pair(x):
+    """elu(x) and elu(-x), the two halves of concat_elu: one is |x|, the other e^-|x| - 1. NaN goes into both."""
+    e = tl.exp(-tl.abs(x)) - 1.0
+    return tl.where(x > 0, x, e), tl.where(x < 0, -x, e)
 
 
 @triton.jit
-def elu_slope(x):
-    return tl.exp(tl.minimum(x, 0.0))
+def elu_slopes(x):
+    """The slopes of ELU at x and at -x."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, e), tl.where(x < 0, 1.0, e)
 
 
 # ---- noise -------------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 An implicit matrix product. A program owns BM output pixels of one sample and BN gated channels, and makes both halves
 a and b of its channels, so that the gate needs nobody else: pre[p, n] = sum over taps and channels of x[p + tap, c]
-weight[n, tap, c]. One loop runs over taps times blocks of BK channels, so loads are pipelined across taps; a tap outside
-the image is masked to zero, which is all that asymmetric pads, shifts, dilation and causality are. With ELU a block of x
-is loaded once and multiplied twice, as elu(x) and elu(-x), by the two halves of the weight's inputs. The weight is read
-as [outputs, taps, inputs], the memory of a channels-last weight. Offsets within a sample are 32-bit, sample bases 64-bit.
-Programs of the same pixels are neighbours, so that x comes from L2 for all but the first. A row product is the case of
-one row of pixels and one tap.
+weight[n, tap, c]. One loop runs over taps times blocks of BK channels, so loads are pipelined across taps; a tap
+outside the image is masked to zero, which is all that asymmetric pads, shifts, dilation and causality are. With ELU a
+block of x is loaded once and multiplied twice, as elu(x) and elu(-x) of one exponential, by the two halves of the
+weight's inputs. The weight is read as [outputs, taps, inputs], the memory of a channels-last weight. Offsets within a
+sample are 32-bit, sample bases 64-bit. Programs of the same pixels are neighbours, so that x comes from L2 for all but
+the first. A row product is the case of one row of pixels and one tap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import CONVOLUTION, GATES, SPLIT, Tile, cdiv, choose, elu, product, sigmoid, tanh
+from fastgen.kernels.common import CONVOLUTION, GATES, SPLIT, Tile, cdiv, choose, elu_pair, product, sigmoid, tanh
 
 # Two accumulators of BM x BN float32 are at most 64 registers a thread; three stages of x and of four blocks of weight
 # are at most 74 KiB of shared memory, two programs to a multiprocessor.
@@ -69,14 +69,18 @@ def conv_forward(
         xt = tl.load(x + xo, mask=inside[:, None] & (c < CIN)[None, :], other=0.0)
         wo = wn + (tap * inputs + c)[:, None]
         wm = (n < COUT)[None, :] & (c < CIN)[:, None]
-        first = elu(xt.to(tl.float32)).to(DOT) if ELU else xt.to(DOT)
+        if ELU:
+            first, second = elu_pair(xt.to(tl.float32))
+            first = first.to(DOT)
+            second = second.to(DOT)
+        else:
+            first = xt.to(DOT)
         wa = tl.load(weight + wo, mask=wm, other=0.0).to(DOT)
         acc_a = tl.dot(first, wa, acc_a, input_precision=PRECISION)
         if GATED:
             wb = tl.load(weight + wo + far, mask=wm, other=0.0).to(DOT)
             acc_b = tl.dot(first, wb, acc_b, input_precision=PRECISION)
         if ELU:
-            second = elu(-xt.to(tl.float32)).to(DOT)
             wa = tl.load(weight + wo + CIN, mask=wm, other=0.0).to(DOT)
             acc_a = tl.dot(second, wa, acc_a, input_precision=PRECISION)
             if GATED:

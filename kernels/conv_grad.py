@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import GATES, SPLIT, Tile, cdiv, choose, elu, elu_slope, product, sigmoid, tanh
+from fastgen.kernels.common import GATES, SPLIT, Tile, cdiv, choose, elu_pair, elu_slopes, product, sigmoid, tanh
 from fastgen.kernels.conv import pack
 
 FRONT_TILE = Tile(32, 32, 0, 4, 1)
@@ -131,7 +131,8 @@ def input_backward(
     at = b * CIN * P + (q[:, None] * CIN + c[None, :] if LAST else q[:, None] + c[None, :] * P)
     if ELU:
         xt = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-        acc = acc * elu_slope(xt) - acc2 * elu_slope(-xt)
+        rising, falling = elu_slopes(xt)
+        acc = acc * rising - acc2 * falling
     tl.store(grad + at, acc, mask=live)
 
 
@@ -165,10 +166,12 @@ def weight_backward(
         g = tl.load(front + b * N * P + go, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0).to(DOT)
         xo = at[:, None] * CIN + c[None, :] if LAST else at[:, None] + c[None, :] * (IH * IW)
         xt = tl.load(x + b * CIN * IH * IW + xo, mask=inside[:, None] & (c < CIN)[None, :], other=0.0)
-        first = elu(xt.to(tl.float32)).to(DOT) if ELU else xt.to(DOT)
-        acc = tl.dot(g, first, acc, input_precision=PRECISION)
         if ELU:
-            acc2 = tl.dot(g, elu(-xt.to(tl.float32)).to(DOT), acc2, input_precision=PRECISION)
+            first, second = elu_pair(xt.to(tl.float32))
+            acc = tl.dot(g, first.to(DOT), acc, input_precision=PRECISION)
+            acc2 = tl.dot(g, second.to(DOT), acc2, input_precision=PRECISION)
+        else:
+            acc = tl.dot(g, xt.to(DOT), acc, input_precision=PRECISION)
     row = (s * N + n).to(tl.int64) * (KH * KW * inputs)
     into = partial + row[:, None] + (tap * inputs + c)[None, :]
     live = (n < N)[:, None] & (c < CIN)[None, :]

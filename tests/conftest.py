@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fastgen
 from fastgen import Sampler
 from tests.cases import Case
 from tests.oracle import compile_case
@@ -15,10 +19,29 @@ from tests.oracle import compile_case
 Compiled = Callable[..., Sampler]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--extension", metavar="FILE", help="a build of fastgen._native to test instead of the installed one"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Tests are many small operations, which torch's threads only slow down."""
     torch.set_num_threads(1)
+    if path := config.getoption("--extension"):
+        load_extension(path)
     config.addinivalue_line("filterwarnings", "ignore:.*weight_norm.*:FutureWarning")
+
+
+def load_extension(path: str) -> None:
+    """Makes the file fastgen._native, for this process."""
+    name = "fastgen._native"
+    assert name not in sys.modules, "too late: the installed extension is loaded"
+    spec = importlib.util.spec_from_file_location(name, Path(path).resolve(strict=True))
+    assert spec is not None and spec.loader is not None, f"--extension {path}: expected a file as {name} is built"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = fastgen._native = module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -200,6 +200,39 @@ def test_linear_elu(n: int, k: int, m: int, gate: str, elu: bool, dtype: torch.d
     )
 
 
+def test_narrow_columns() -> None:
+    """160 channels are five narrow tiles, of inputs and of outputs."""
+    torch.manual_seed(0)
+    c, dtype = 160, torch.bfloat16
+    assert common.choose(conv.TILES, dtype, (3, 2), c).n == 32
+    make = {"x": (1, c, 3, 2), "weight": (2 * c, 2 * c, 1, 2), "bias": (2 * c,)}
+    tensors = {k: randn(s, dtype, True, (4 * c) ** -0.5 if k == "weight" else 1.0) for k, s in make.items()}
+    options = dict(pads=(1, 0, 0, 0), gate="linear", elu=True)
+    compare(
+        lambda **t: ops.gated_conv2d(**t, **options),
+        lambda **t: ops.gated_conv2d_reference(**t, **options),
+        tensors,
+        {"weight": 6, "bias": 6, "x": 4},
+    )
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("gate", ["none", "tanh", "linear"])
+def test_broken_numbers_go_through_elu(gate: str, broken: float) -> None:
+    """What is not finite is so behind concat_elu, in values and gradients, where plain torch operations have it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, 4), torch.randn(4, 6, 2, 2)
+    x[1, 2, 3, 1] = broken
+    found, wanted = [], []
+    for into, dtype in ((found, torch.float32), (wanted, torch.float64)):  # there are no kernels for float64
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        y = ops.gated_conv2d(*leaves, pads=(1, 0, 1, 0), gate=gate, elu=True)
+        into.extend((y.detach(), *torch.autograd.grad(y.sum(), leaves)))
+    assert not all(bool(t.isfinite().all()) for t in wanted) and wanted[0].isfinite().any()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_bytes_do_not_depend_on_the_batch(last: bool) -> None:
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from fastgen import Cancelled, ModelChangedError, Sampler
 from fastgen.models import GatedPixelCNN, build
 from tests.cases import Case, cases
 from tests.conftest import Compiled
+from tests.interrupts import children_heed_ctrl_c
 from tests.oracle import (
     assert_same_samples,
     at_length,
@@ -469,9 +470,11 @@ CTRL_C = """
 def test_ctrl_c(run: str) -> None:
     code = textwrap.dedent(CTRL_C).replace("{run}", run)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as child:
+    with children_heed_ctrl_c():
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+    with child:
         assert child.stdout is not None
         assert child.stdout.readline() == "running\n"
         time.sleep(0.5)

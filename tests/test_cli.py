@@ -25,6 +25,7 @@ from fastgen.cli.main import main
 from fastgen.cli.models import rate_of
 from fastgen.models import CONFIGS, build
 from fastgen.train import RECIPES
+from tests.interrupts import children_heed_ctrl_c
 
 ROOT = Path(__file__).parent.parent
 DIGITS: dict[str, Any] = dict(model="gated-pixelcnn", levels=4, dim=4, layers=2, classes=3, shape=[6, 6], hidden=5)
@@ -236,16 +237,13 @@ def test_failed_check_exits_with_1(
     assert "stepping does not reproduce forward" in fails(capsys, "sample", saved / "digits")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "naive"])
-def test_ctrl_c(saved: Path, here: Path, backend: str) -> None:
-    size = ("-n", "1000000") if backend == "cpu" else ("-n", "1", "--length", "50000")
-    model = "digits" if backend == "cpu" else "sound"
-    out = "x.npy"
-    command = [sys.executable, "-m", "fastgen", "sample", str(saved / model), *size, "--out", out]
-    command += ["--no-verify", "--threads", "2", "--backend", backend]
-    process = subprocess.Popen(
-        command, cwd=here, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+def interrupted(*args: object, heed: bool = True) -> tuple[int, list[str]]:
+    """`fastgen sample`, sent SIGINT 0.3 s after it begins to draw: the code it exits with, and the lines it said."""
+    command = [sys.executable, "-m", "fastgen", "sample", *map(str, args), "--no-verify", "--threads", "2"]
+    with children_heed_ctrl_c(heed):
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
     assert process.stderr is not None
     killer = threading.Timer(180, process.kill)  # hangs should fail, not last
     killer.start()
@@ -255,15 +253,43 @@ def test_ctrl_c(saved: Path, here: Path, backend: str) -> None:
             lines.append(line)
             if "sampling" in line:
                 threading.Timer(0.3, process.send_signal, [signal.SIGINT]).start()
-        assert process.wait() == 130, lines
+        return process.wait(), lines
     finally:
         killer.cancel()
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "naive"])
+def test_ctrl_c(saved: Path, here: Path, backend: str) -> None:
+    size = ("-n", "1000000") if backend == "cpu" else ("-n", "1", "--length", "50000")
+    model = "digits" if backend == "cpu" else "sound"
+    code, lines = interrupted(saved / model, *size, "--out", "x.npy", "--backend", backend)
+    assert code == 130, lines
     assert lines[-1] == "fastgen: interrupted\n"
     assert not any("Traceback" in line for line in lines)
     assert not list(here.iterdir())
+
+
+def test_ctrl_c_is_ignored_by_a_program_started_so(saved: Path, here: Path) -> None:
+    """Whoever runs `nohup fastgen sample &` wants the file."""
+    code, lines = interrupted(saved / "digits", "-n", 30_000, "--out", "x.npy", heed=False)
+    assert code == 0, lines
+    assert len(np.load(here / "x.npy", mmap_mode="r")) == 30_000
+
+
+def test_tests_of_ctrl_c_do_not_depend_on_how_they_are_started() -> None:
+    show = [sys.executable, "-S", "-c", "import signal; print(signal.getsignal(signal.SIGINT) != signal.SIG_IGN)"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind `&` in a script
+    try:
+        inherited = subprocess.check_output(show, text=True)
+        with children_heed_ctrl_c():
+            given = subprocess.check_output(show, text=True)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (inherited, given) == ("False\n", "True\n")
 
 
 # ---- the other commands ------------------------------------------------------------------------------------

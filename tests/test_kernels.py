@@ -197,6 +197,16 @@ def test_float32_products_follow_torch(allowed: bool) -> None:
     assert found == (["tf32", "ieee"] if allowed else ["ieee", "tf32"])
 
 
+@pytest.mark.parametrize(
+    ("channels", "columns"),
+    [(1, 32), (32, 32), (33, 64), (64, 64), (96, 32), (130, 32), (160, 32), (320, 64), (352, 64)],
+)
+def test_columns_fit_the_channels(channels: int, columns: int) -> None:
+    for table in (conv.TILES, conv_grad.INPUT_TILES, conv_grad.WEIGHT_TILES):
+        assert common.choose(table, torch.bfloat16, (32, 32), channels).n == columns
+        assert common.choose(table, torch.float32, (32, 32), channels).n == 32
+
+
 def test_every_kernel_is_compiled() -> None:
     """What is launched anywhere in kernels/ is in the list above."""
     launched = {

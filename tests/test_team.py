@@ -187,6 +187,23 @@ def test_the_native_code_answers_without_a_driver() -> None:
         native().cuda_device(0)
 
 
+@pytest.mark.skipif(native().has_cuda, reason="built with nvcc; make test-without-cuda tests the other build")
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("cuda_device", (0,)),
+        ("cuda_limits", (0, "float32", 1 << 16)),
+        (
+            "run_on_device",
+            ({"temperature": 1.0}, 0, 0, 0, {"kind": 0, "ctas": 1, "teams": 1}, "float32", 1 << 16, None),
+        ),
+    ],
+)
+def test_without_nvcc_what_needs_a_device_is_refused_by_name(call: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(native().CudaError, match=f"{call}: this extension was built without CUDA"):
+        getattr(native(), call)(*arguments)
+
+
 def cuobjdump(*arguments: str) -> str:
     """NVIDIA's disassembler, which Triton's package carries."""
     spec = importlib.util.find_spec("triton")

@@ -12,9 +12,7 @@
 #include "../team/host_team.h"
 #include "../team/ladder.h"
 #include "../team/lower.h"
-#if defined(FG_HAVE_CUDA)
 #include "launch.h"
-#endif
 
 namespace py = pybind11;
 
@@ -79,7 +77,6 @@ py::dict rung(const py::dict& limits, int32_t slots, const std::string& wanted) 
   return d;
 }
 
-#if defined(FG_HAVE_CUDA)
 py::dict device(int index) {
   const Device i = device_info(index);
   py::dict d;
@@ -114,14 +111,15 @@ int64_t run_device(const py::dict& launch, int index, uint64_t stream, uint64_t 
   py::gil_scoped_release release;
   return run_on_device(a, how, progress);
 }
-#endif
 
 }  // namespace
 
 void bind(py::module_& m) {
+  m.attr("has_cuda") = kHasCuda;
   m.attr("BARRIER_BYTES") = static_cast<int>(kBarrierWords * sizeof(uint32_t));
   m.attr("CONTROL_BYTES") = static_cast<int>(sizeof(Control));
   m.attr("FAULT_BYTES") = static_cast<int>(sizeof(Fault));
+  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::register_exception<Lost>(m, "LostPartner", PyExc_RuntimeError);
   m.def("lower", &lower_tables, py::arg("tables"), py::arg("precision"), py::arg("shared_bytes"),
         "-> (block [bytes] uint8, {arena, stages, column_stages, weight_bytes}); see csrc/cuda/lowered.h.");
@@ -129,18 +127,13 @@ void bind(py::module_& m) {
         "Runs a launch on teams of host threads; addresses are of host memory.");
   m.def("choose_rung", &rung, py::arg("limits"), py::arg("slots"), py::arg("team") = "auto",
         "Which teams run a call -> {kind, ctas, teams, text}.");
-#if defined(FG_HAVE_CUDA)
-  m.attr("has_cuda") = true;
-  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  // Without CUDA these throw CudaError.
   m.def("cuda_device", &device, py::arg("device"), "Name and sizes of a device.");
   m.def("cuda_limits", &limits, py::arg("device"), py::arg("precision"), py::arg("shared_bytes"),
         "What the device holds at once of the kernel for a precision.");
   m.def("run_on_device", &run_device, py::arg("launch"), py::arg("device"), py::arg("stream"), py::arg("side_stream"),
         py::arg("rung"), py::arg("precision"), py::arg("shared_bytes"), py::arg("callback"),
         "Runs a launch on a device and waits -> steps done; addresses are of device memory.");
-#else
-  m.attr("has_cuda") = false;
-#endif
 }
 
 }  // namespace fastgen::team

@@ -120,6 +120,8 @@ int32_t clusters_of(const void* kernel, int32_t ctas, int32_t shared_bytes) {
 
 }  // namespace
 
+const bool kHasCuda = true;
+
 Device device_info(int device) {
   int count = 0;
   check(cudaGetDeviceCount(&count), "no CUDA device can be used");

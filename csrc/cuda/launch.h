@@ -1,4 +1,5 @@
-// Running lowered programs on a CUDA device: what it can hold, the launch, and the wait.
+// Running lowered programs on a CUDA device: what it can hold, the launch, and the wait. In launch.cu; where it was
+// built without nvcc, in without_cuda.cpp, and then all calls throw CudaError.
 #pragma once
 #include <functional>
 #include <stdexcept>
@@ -12,6 +13,8 @@ namespace fastgen::team {
 struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+extern const bool kHasCuda;
 
 struct Device {
   std::string name;

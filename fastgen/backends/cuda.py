@@ -26,8 +26,8 @@ def cuda_device(device: torch.device) -> tuple[torch.device, dict[str, Any]]:
     """The device with its index, and what it is. Raises UnsupportedError where it cannot be used, saying why."""
     if not native().has_cuda:
         raise UnsupportedError(
-            f"device='{device}': the extension was built without CUDA (nvcc was not found then); install the CUDA "
-            "toolkit and build again"
+            f"device='{device}': the extension was built without CUDA (no nvcc that works, or FASTGEN_CUDA=OFF); install "
+            "the CUDA toolkit, 12.0 or newer, and build again"
         )
     if torch.version.cuda is None:
         raise UnsupportedError(f"device='{device}': this torch ({torch.__version__}) is built without CUDA")
