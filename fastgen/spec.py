@@ -185,7 +185,7 @@ class Spec:
 
     def parameters(self, out: Tensor) -> Tensor:
         """Forward's output [B, ...] -> parameters [B, H, W, phases, P]."""
-        arranged = self.head.arrange(out, self.values_per_site, self.sites)
+        arranged = self.head.parameters_of(out, self.values_per_site, self.sites)
         if self.vector:
             return arranged.reshape(out.shape[0], 1, 1, self.channels, -1)
         return arranged.unsqueeze(1) if self.sequence else arranged

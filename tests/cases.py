@@ -109,7 +109,7 @@ class Case:
         cond = self.cond() if cond is None else cond
         further = [c.repeat(n, *[1] * (c.dim() - 1)) if isinstance(c, Tensor) else c for c in cond]
         with torch.inference_mode():
-            out = self.head.arrange(model(self.to_input(values), *further), self.channels, self.sites)
+            out = self.head.parameters_of(model(self.to_input(values), *further), self.channels, self.sites)
         return out.reshape(n, self.steps, -1)[:, self.positions]
 
     def random_values(self, n: int, generator: torch.Generator) -> Tensor:

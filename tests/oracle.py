@@ -52,7 +52,9 @@ def parameters(case: Case, model: nn.Module, values: Tensor, cond: tuple[Any, ..
     """One forward on values [n, *sites, C], conditioning at batch n -> parameters [n, steps, P] in drawing order."""
     with torch.no_grad():
         out = model(forward_input(case, values).to(_floating(model, case)), *cond)
-    return case.head.arrange(out, case.channels, case.sites).reshape(values.shape[0], case.steps, -1)[:, case.positions]
+    return case.head.parameters_of(out, case.channels, case.sites).reshape(values.shape[0], case.steps, -1)[
+        :, case.positions
+    ]
 
 
 def _floating(model: nn.Module, case: Case) -> torch.dtype:

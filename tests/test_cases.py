@@ -46,7 +46,7 @@ def test_every_condition_matters_and_is_per_sample(case: Case) -> None:
     alone = [case.parameters(model, values, cond) for cond in singles]
     with torch.inference_mode():
         x = case.to_input(values.expand(n, *values.shape[1:]))
-        together = case.head.arrange(model(x, *conds), case.channels, case.sites)
+        together = case.head.parameters_of(model(x, *conds), case.channels, case.sites)
     torch.testing.assert_close(together.reshape(n, case.steps, -1), torch.cat(alone), atol=1e-5, rtol=1e-5)
     for k in range(len(conds)):
         mixed = tuple(singles[1 if j == k else 0][j] for j in range(len(conds)))

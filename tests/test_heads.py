@@ -336,17 +336,19 @@ def test_arrange_inverts_every_layout(head: Head, channels: int, layout: str) ->
     head = head.with_layout(layout)
     if not fits(layout, phases, n):
         with pytest.raises(ShapeError, match="has no axis"):
-            head.arrange(torch.zeros(2, n, 4, 7), channels, (4, 7))
+            head.parameters_of(torch.zeros(2, n, 4, 7), channels, (4, 7))
         return
     canonical = torch.arange(2 * 4 * 7 * phases * n).view(2, 4, 7, phases, n)
     out = PRODUCE[layout](canonical)
-    assert torch.equal(head.arrange(out, channels, (4, 7)), canonical)
-    assert torch.equal(head.arrange(out.contiguous(), channels, (4, 7)), canonical)
+    assert torch.equal(head.parameters_of(out, channels, (4, 7)), canonical)
+    assert torch.equal(head.parameters_of(out.contiguous(), channels, (4, 7)), canonical)
     with pytest.raises(ShapeError, match="expected") as error:
-        head.arrange(torch.zeros(2, 1 + out.shape[1], *out.shape[2:]), channels, (4, 7))
+        head.parameters_of(torch.zeros(2, 1 + out.shape[1], *out.shape[2:]), channels, (4, 7))
     assert f"[B, {str(list(out.shape[1:]))[1:-1]}]" in str(error.value)
     line = canonical[:, :1]
-    assert torch.equal(head.arrange(PRODUCE[layout](line).reshape(*_without(out, line)), channels, (7,)), line[:, 0])
+    assert torch.equal(
+        head.parameters_of(PRODUCE[layout](line).reshape(*_without(out, line)), channels, (7,)), line[:, 0]
+    )
 
 
 def _without(out: Tensor, line: Tensor) -> tuple[int, ...]:
@@ -368,23 +370,23 @@ def test_auto_takes_what_has_one_reading(layout: str) -> None:
         two_readings = "(n*" in layout or "(C*" in layout or "(*" in layout
         if n > 1 and two_readings and (channels > 1 or "C" not in layout):
             with pytest.raises(ShapeError, match=r"2 ways; choose one of .*params="):
-                head.arrange(out, channels, (4, 7))
+                head.parameters_of(out, channels, (4, 7))
             continue
-        assert torch.equal(head.arrange(out, channels, (4, 7)), canonical)
+        assert torch.equal(head.parameters_of(out, channels, (4, 7)), canonical)
         chosen = head.with_layout(head.layout(out.shape, channels, (4, 7)))
-        assert torch.equal(chosen.arrange(out, channels, (4, 7)), canonical)
+        assert torch.equal(chosen.parameters_of(out, channels, (4, 7)), canonical)
 
 
 def test_auto_refuses_a_square_that_reads_both_ways() -> None:
     with pytest.raises(ShapeError, match=r"\[2, 7, 7, 7\].*params='B\(n\*C\)\*', params='B\*n'"):
-        Categorical(7).arrange(torch.zeros(2, 7, 7, 7), 1, (7, 7))
+        Categorical(7).parameters_of(torch.zeros(2, 7, 7, 7), 1, (7, 7))
 
 
 def test_a_single_gaussian_may_come_with_its_logit() -> None:
     head = GaussianMixture(1)
     out = torch.randn(2, 3, 5)
-    assert torch.equal(head.arrange(out, 1, (5,))[..., 0, :], out[:, 1:].transpose(1, 2))
-    assert torch.equal(head.arrange(out[:, 1:], 1, (5,))[..., 0, :], out[:, 1:].transpose(1, 2))
+    assert torch.equal(head.parameters_of(out, 1, (5,))[..., 0, :], out[:, 1:].transpose(1, 2))
+    assert torch.equal(head.parameters_of(out[:, 1:], 1, (5,))[..., 0, :], out[:, 1:].transpose(1, 2))
 
 
 # ---- encodings -------------------------------------------------------------------------------------------

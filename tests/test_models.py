@@ -89,7 +89,7 @@ def test_parameters_fit_the_head(name: str) -> None:
     x, cond = example(model)
     sites = tuple(x.shape[1:]) if model.layout == "HW" else tuple(x.shape[2:])
     channels = 1 if model.head.discrete else x.shape[1]
-    params = model.head.arrange(model(x, *cond), channels, sites)
+    params = model.head.parameters_of(model(x, *cond), channels, sites)
     assert params.shape == (2, *sites, 1, model.head.num_params(channels))
 
 

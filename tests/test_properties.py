@@ -329,7 +329,7 @@ def reads_the_future(case: Case) -> bool:
     """By gradients in float64, which are exactly zero where there is no path."""
     model = case.build().double().eval()
     x = case.to_input(case.random_values(1, torch.Generator().manual_seed(2))).double().requires_grad_()
-    theta = case.head.arrange(model(x), case.channels, case.sites).reshape(case.steps, -1)
+    theta = case.head.parameters_of(model(x), case.channels, case.sites).reshape(case.steps, -1)
     for t in range(case.steps):
         (slope,) = torch.autograd.grad(theta[t].sum(), x, retain_graph=True)
         if bool((slope.reshape(-1)[t:] != 0).any()):

@@ -165,7 +165,7 @@ class Head(ABC):
         return index
 
     # ---- layouts of forward's output -----------------------------------------------------------------------
-    def arrange(self, out: Tensor, channels: int, sites: Sequence[int]) -> Tensor:
+    def parameters_of(self, out: Tensor, channels: int, sites: Sequence[int]) -> Tensor:
         """Forward's output [B, ...] -> canonical parameters [B, *sites, phases, P].
 
         Moves elements and no more, so `out` may be of any dtype. phases: 1 for a head that draws a site at
@@ -177,7 +177,7 @@ class Head(ABC):
         return read[..., count - self.num_params(channels) :]
 
     def layout(self, shape: Sequence[int], channels: int, sites: Sequence[int]) -> str:
-        """The key of `LAYOUTS` by which an output of `shape` [B, ...] is read. Raises as `arrange`."""
+        """The key of `LAYOUTS` by which an output of `shape` [B, ...] is read. Raises as `parameters_of`."""
         return self._fit(shape, channels, sites)[0]
 
     def _fit(self, shape: Sequence[int], channels: int, sites: Sequence[int]) -> tuple[str, int]:

@@ -58,7 +58,7 @@ def nll(
     sites = tuple(target.shape[1:-2])
     channels = target.shape[-1]
     params = (model if forward is None else forward)(delayed(model, x), *cond)
-    params = model.head.arrange(params, channels, sites)
+    params = model.head.parameters_of(params, channels, sites)
     return -log_prob(model.head, params, target).flatten(1).sum(dim=1)
 
 
