@@ -137,8 +137,8 @@ py::tuple run(Executor& executor, int32_t slots, uint64_t seed, uint64_t first, 
   return py::make_tuple(result, params);
 }
 
-py::array_t<float> draw(const py::array_t<Head, py::array::c_style>& head, const Floats& params, const Floats& uniforms,
-                        float temperature) {
+py::array_t<float> draw(const py::array_t<Head, py::array::c_style>& head, const Floats& params,
+                        const Array<double>& uniforms, float temperature) {
   if (head.size() != 1) throw py::value_error("head must be one record");
   const Head& h = *head.data();
   const py::ssize_t n = params.ndim() == 2 ? params.shape(0) : -1;
@@ -156,9 +156,9 @@ py::array_t<float> draw(const py::array_t<Head, py::array::c_style>& head, const
   return out;
 }
 
-py::array_t<float> uniforms(uint64_t seed, const Array<uint64_t>& samples, uint32_t step, uint32_t count) {
-  py::array_t<float> out(std::vector<py::ssize_t>{samples.size(), static_cast<py::ssize_t>(count)});
-  float* u = out.mutable_data();
+py::array_t<double> uniforms(uint64_t seed, const Array<uint64_t>& samples, uint32_t step, uint32_t count) {
+  py::array_t<double> out(std::vector<py::ssize_t>{samples.size(), static_cast<py::ssize_t>(count)});
+  double* u = out.mutable_data();
   for (py::ssize_t i = 0; i < samples.size(); ++i)
     for (uint32_t j = 0; j < count; ++j) *u++ = uniform(seed, samples.data()[i], step, j);
   return out;

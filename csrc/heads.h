@@ -93,7 +93,7 @@ FG_HD inline double ndtri(double p) {
                         1.05075007164441684324e-9};
     r -= 1.6;
     x = horner(c, 8, r) / horner(d, 8, r);
-  } else {  // p below 1.4e-11: not reached from a 24-bit uniform, but the function is whole
+  } else {  // p below 1.4e-11: not reached from 32 bits, but the function is whole
     const double e[] = {6.65790464350110377720e0,  5.46378491116411436990e0,  1.78482653991729133580e0,
                         2.96560571828504891230e-1, 2.65321895265761230930e-2, 1.24266094738807843860e-3,
                         2.71155556874348757815e-5, 2.01033439929228813265e-7};
@@ -119,7 +119,7 @@ FG_HD inline double coefficient(const float* params, int32_t n, int32_t m, int32
 // PixelCNN++ (Salimans et al. 2017, eq. 1 to 3). One channel: [logits, means, log-scales] of n mixtures each; three:
 // n logits, then per colour [means, log-scales, coefficients]. The mean of green gets coefficient 0 times red, that of
 // blue 1 times red and 2 times green. known: values that are not drawn (NaN: drawn), or null; later colours see them.
-FG_HD inline void logistic_mixture_value(const Head& h, const float* params, int32_t m, const float* u,
+FG_HD inline void logistic_mixture_value(const Head& h, const float* params, int32_t m, const double* u,
                                          double temperature, const float* known, float* value) {
   const int32_t n = h.n, kinds = h.channels == 1 ? 2 : 3;
   const double half = 0.5 * (h.levels - 1);
@@ -150,7 +150,7 @@ FG_HD inline int32_t head_logits(const Head& h) {
   return h.n;
 }
 
-FG_HD inline float gaussian_value(const Head& h, const float* params, int32_t m, const float* u, double temperature) {
+FG_HD inline float gaussian_value(const Head& h, const float* params, int32_t m, const double* u, double temperature) {
   const float* own = params + head_logits(h) + m;
   const float x = static_cast<float>(own[0] + scale_of(own[h.n], h.floor_log_scale, temperature) * ndtri(u[1]));
   return x < h.clip_lo ? h.clip_lo : x > h.clip_hi ? h.clip_hi : x;
@@ -158,7 +158,7 @@ FG_HD inline float gaussian_value(const Head& h, const float* params, int32_t m,
 
 // The value of one step, m being the choice: h.channels values for LogisticMixture, else one. params: h.params of them;
 // u: head_uniforms(h); temperature > 0 divides logits and multiplies scales.
-FG_HD inline void head_value(const Head& h, const float* params, int32_t m, const float* u, float temperature,
+FG_HD inline void head_value(const Head& h, const float* params, int32_t m, const double* u, float temperature,
                              float* value, const float* known) {
   switch (h.kind) {
     case kLogisticMixture: return logistic_mixture_value(h, params, m, u, temperature, known, value);
@@ -172,7 +172,7 @@ FG_HD inline void head_value(const Head& h, const float* params, int32_t m, cons
 }
 
 // Choice and value. known: values that are not drawn (NaN: drawn), or null.
-inline void head_draw(const Head& h, const float* params, const float* u, float temperature, float* value,
+inline void head_draw(const Head& h, const float* params, const double* u, float temperature, float* value,
                       const float* known = nullptr) {
   const int32_t n = head_logits(h);
   head_value(h, params, n > 0 ? pick(params, n, u[0], temperature) : 0, u, temperature, value, known);

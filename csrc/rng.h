@@ -28,21 +28,21 @@ FG_HD inline Block philox(Block counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
-// 32 random bits to a multiple of 2^-24 strictly inside (0, 1). Every operation is exact.
-FG_HD inline float unit_interval(uint32_t bits) {
-  return (static_cast<float>(bits >> 9) + 0.5f) * 1.1920928955078125e-7f;  // 2^-23
+// 32 random bits to an odd multiple of 2^-33, strictly inside (0, 1). Every operation is exact.
+FG_HD inline double unit_interval(uint32_t bits) {
+  return (static_cast<double>(bits) + 0.5) * 2.3283064365386962890625e-10;  // 2^-32
 }
 
 // The four uniforms 4 * block ... 4 * block + 3 of a step of a sample.
-FG_HD inline void uniform_block(uint64_t seed, uint64_t sample, uint32_t step, uint32_t block, float u[4]) {
+FG_HD inline void uniform_block(uint64_t seed, uint64_t sample, uint32_t step, uint32_t block, double u[4]) {
   const Block bits = philox({{block, step, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32)}},
                             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   for (int i = 0; i < 4; ++i) u[i] = unit_interval(bits.lane[i]);
 }
 
 // Uniform j of a step of a sample.
-FG_HD inline float uniform(uint64_t seed, uint64_t sample, uint32_t step, uint32_t j) {
-  float u[4];
+FG_HD inline double uniform(uint64_t seed, uint64_t sample, uint32_t step, uint32_t j) {
+  double u[4];
   uniform_block(seed, sample, step, j / 4, u);
   return u[j % 4];
 }

@@ -44,8 +44,8 @@ def _multiply(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def uniforms(seed: int, samples: Tensor, step: int | Tensor, count: int) -> Tensor:
     """The first `count` uniforms of a step, or of several, for each sample.
 
-    samples: int64 [n], indices from 0. step: an int, or int64 [S]; from 0 to 2**32 - 1. Returns float32 [n,
-    count], or [n, S, count]: odd multiples of 2**-24, so exact and strictly inside (0, 1). On the device of
+    samples: int64 [n], indices from 0. step: an int, or int64 [S]; from 0 to 2**32 - 1. Returns float64 [n,
+    count], or [n, S, count]: odd multiples of 2**-33, so exact and strictly inside (0, 1). On the device of
     `samples`. Raises ShapeError when samples or step have another rank or dtype, ValueError outside the
     ranges.
     """
@@ -65,7 +65,7 @@ def uniforms(seed: int, samples: Tensor, step: int | Tensor, count: int) -> Tens
     words = philox((block, steps[:, None], sample & _MASK, (sample >> 32) & _MASK), (seed & _MASK, seed >> 32))
     shape = (samples.shape[0], steps.shape[0], block.shape[0])
     bits = torch.stack([word.expand(shape) for word in words], dim=-1).flatten(-2)[..., :count]
-    u = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    u = (bits.to(torch.float64) + 0.5) * 2.0**-32
     return u if isinstance(step, Tensor) else u[:, 0]
 
 

@@ -115,5 +115,5 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def unit_interval(bits):
-    """32 random bits as an odd multiple of 2**-24 inside (0, 1), in float64; exact, so the same as in float32."""
-    return ((bits >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07
+    """32 random bits as an odd multiple of 2**-33 inside (0, 1), in float64; exact."""
+    return (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10

@@ -60,18 +60,18 @@ def test_uniforms_are_named_by_seed_sample_step_and_number(
             for k in range(count):
                 counter = (k // 4, step, sample % WORD, sample // WORD)
                 bits = slow_philox(counter, (seed % WORD, seed // WORD))[k % 4]
-                assert got[i, j, k].item() == ((bits >> 9) + 0.5) / 2**23
+                assert got[i, j, k].item() == (bits + 0.5) / 2**32
             alone = uniforms(seed, torch.tensor([sample]), step, count)
             assert torch.equal(alone[0], got[i, j])
 
 
 def test_inside_the_open_interval_and_exact() -> None:
     u = uniforms(7, torch.arange(1000), torch.arange(20), 25)
-    assert u.dtype == torch.float32
+    assert u.dtype == torch.float64
     assert 0 < u.min() < 1e-4
     assert 1 - 1e-4 < u.max() < 1
-    scaled = u.double() * 2**24
-    assert torch.equal(scaled % 2, torch.ones_like(scaled))  # odd multiples of 2^-24: neither 0 nor 1
+    scaled = u * 2**33
+    assert torch.equal(scaled % 2, torch.ones_like(scaled))  # odd multiples of 2^-33: neither 0 nor 1
     counts = torch.histc(u, 64, 0, 1)
     expected = u.numel() / 64
     chi_square = ((counts - expected) ** 2 / expected).sum().item()

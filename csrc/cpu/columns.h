@@ -76,7 +76,8 @@ class Columns {
   const int64_t slots_;
   std::vector<const float*> x_;  // [tap][column of the block]: where each tap of each column is read
   Pages scratch_;
-  std::vector<float> params_, uniforms_, values_, known_;
+  std::vector<float> params_, values_, known_;
+  std::vector<double> uniforms_;
 };
 
 }  // namespace fastgen

@@ -16,8 +16,8 @@ class DrawStage {
     if (x_.team.warp() < active) {
       params_ = x_.template shared<float>(0) + x_.team.warp() * x_.h.draw_floats;
       sums_ = reinterpret_cast<double*>(params_ + x_.h.draw_floats - kDrawScratch);
-      uniforms_ = reinterpret_cast<float*>(sums_ + kLanes);
-      values_ = uniforms_ + 4;
+      uniforms_ = sums_ + kLanes;
+      values_ = reinterpret_cast<float*>(uniforms_ + 4);
       for (int s = x_.team.rank() * active + x_.team.warp(); s < x_.slots; s += x_.team.size() * active)
         draw(step, site, x_.slot0 + s);
     }
@@ -129,10 +129,10 @@ class DrawStage {
   const Context<Team>& x_;
   const Stage& s_;
   const Head& h_;
-  float* params_ = nullptr;    // of the step
-  double* sums_ = nullptr;     // [32]
-  float* uniforms_ = nullptr;  // [4]
-  float* values_ = nullptr;    // [channels], then the known ones
+  float* params_ = nullptr;     // of the step
+  double* sums_ = nullptr;      // [32]
+  double* uniforms_ = nullptr;  // [4]
+  float* values_ = nullptr;     // [channels], then the known ones
 };
 
 }  // namespace fastgen::team

@@ -179,7 +179,8 @@ class Naive {
 
   void draw(int64_t step, int64_t site, int32_t phase) {
     const Head& h = p_.head;
-    std::vector<float> params, u(head_uniforms(h)), values(h.channels);
+    std::vector<float> params, values(h.channels);
+    std::vector<double> u(head_uniforms(h));
     for (int32_t t = p_.param_ptr[phase]; t < p_.param_ptr[phase + 1]; ++t) {
       const std::vector<float> part = read(p_.taps[t], site / p_.cols, site % p_.cols, 0.0f);
       params.insert(params.end(), part.begin(), part.end());
