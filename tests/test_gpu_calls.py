@@ -109,30 +109,38 @@ def test_every_rung_is_smoked_in_every_dtype_and_timed(found: list[Row]) -> None
     assert {(a.case, a.team, a.dtype) for a in asked if a} == {
         (c, t, d) for c in calls.SMOKE for t in TEAMS[1:] for d in configs.DTYPES
     }
-    timed = [parsed(step, found) for step in calls.headlines([])]
+    timed = [parsed(step, found) for step in calls.headlines()]
     assert {(a.config, a.team, tuple(a.batch)) for a in timed if a} == {
         (c, t, b) for t in TEAMS[1:] for c, b in (("wavenet-nv", (1,)), ("pixelcnnpp-cifar", (1, 16, 1024)))
     }
 
 
-def test_a_rung_that_hung_is_timed_last() -> None:
-    def ended(team: str, result: str) -> Row:
-        return {"step": f"smoke unet-pixelcnnpp {team} bfloat16", "result": result}
+def smoked(team: str, result: str) -> Row:
+    return {"step": f"smoke unet-pixelcnnpp {team} bfloat16", "result": result}
 
-    rows = [ended("cluster16", S.TIMED_OUT), ended("cluster8", S.OK), ended("grid", S.FAILED)]
-    rows.append({"step": "smoke unet-pixelcnnpp grid bfloat16", "team": "grid", "digest": "a", "ok": False})  # it ran
-    teams = [step.name.split()[1] for step in calls.headlines(rows)]
-    assert list(dict.fromkeys(teams)) == ["cluster8", "grid", "cta", "cluster16"]
+
+def test_a_rung_that_hung_is_left_out_of_what_would_hang_with_it(found: list[Row]) -> None:
+    rows = [*found, smoked("cluster16", S.TIMED_OUT), smoked("cluster8", S.OK), smoked("grid", S.FAILED)]
+    assert calls.hung(rows) == ["cluster16"]
+    for group in calls.groups(rows, "test_cases.py"):
+        for step in (group, *group.alone):
+            assert step.command[step.command.index("--leave-out") + 1] == "cluster16"
+    assert [parsed(step, found).team for step in calls.profiles(rows)] == ["cluster8"] * 2  # type: ignore[union-attr]
+    assert [parsed(step, found).team for step in calls.profiles(found)] == ["auto"] * 2  # type: ignore[union-attr]
+    assert "--leave-out" not in calls.groups(found, "test_cases.py")[0].command
+    assert calls.hung([smoked(rung, S.TIMED_OUT) for rung in TEAMS[1:]]) == []  # then there is nothing to leave
+    assert {step.kin for step in (*calls.smoke(), *calls.headlines())} == set(TEAMS[1:])
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_groups_hold_every_test_once_and_alone_too(file: str, found: list[Row]) -> None:
     there = [row["collected"] for row in found if f"/{file}::" in row.get("collected", "")]
     groups = calls.groups(found, file)
-    assert there and [one.name for group in groups for one in group.alone] == there
+    assert there and [word for group in groups for word in group.command if "::" in word] == there
+    assert len(groups) <= calls.GROUPS
     for group in groups:
-        assert group.command[-len(group.alone) :] == tuple(one.name for one in group.alone)
-    assert len(groups) <= max(calls.GROUPS, len(there) if len(there) < calls.GROUPS else 0)
+        alone = tuple(one.name for one in group.alone)
+        assert alone == (group.command[-len(alone) :] if len(groups) < len(there) else ())  # a test by itself is alone
 
 
 def test_tests_that_could_not_be_collected_run_as_a_file() -> None:
@@ -150,32 +158,30 @@ def test_skipped(): pass
 @pytest.fixture
 def broken(): raise ValueError("in front")
 def test_in_front(broken): pass
+def test_left_out(request): assert request.config.getoption("--leave-out", "") == "grid,cta"
+def test_fault(): raise RuntimeError("CUDA error: an illegal memory access\nmore")
+def test_never(): pass
 """
 
 
 def test_outcomes_are_written_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "bench.gpu.outcomes",
-        "--lines",
-        str(tmp_path / "lines"),
-        "-o",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.outcomes", "--lines", str(tmp_path / "lines")]
     done = subprocess.run(
-        [*command, "addopts=", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)], cwd=ROOT,
+        [*command, "--leave-out", "grid,cta", "-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)], cwd=ROOT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     rows = {row["test"].split("::")[1]: row for row in read_lines(tmp_path / "lines")}
     assert {k: v["outcome"] for k, v in rows.items()} == {
-        "test_good": "passed", "test_bad": "failed", "test_skipped": "skipped", "test_in_front": "failed"
+        "test_good": "passed", "test_bad": "failed", "test_skipped": "skipped", "test_in_front": "failed",
+        "test_left_out": "passed", "test_fault": "failed",
     }, done.stdout  # fmt: skip
     assert rows["test_good"]["findings"] == [{"ok": True}]
-    assert rows["test_bad"]["why"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert rows["test_bad"]["why"].startswith("AssertionError: 7/8 equal") and "fault" not in rows["test_bad"]
+    assert (
+        rows["test_fault"]["why"] == "RuntimeError: CUDA error: an illegal memory access"
+        and rows["test_fault"]["fault"]
+    )
     assert "no GPU" in rows["test_skipped"]["why"] and rows["test_in_front"]["why"] == "ValueError: in front"
 
 

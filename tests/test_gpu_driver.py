@@ -217,30 +217,58 @@ def test_a_turn_that_does_not_come_is_no_time(run: Run, tmp_path: Path) -> None:
 
 
 # ---- groups of tests ----------------------------------------------------------------------------------------------------
-def outcome(test: str, word: str) -> str:
-    return f"emit(b'{json.dumps({'test': test, 'outcome': word})}\\n')\n"
+def outcome(test: str, word: str, **more: object) -> str:
+    return f"emit(b'{json.dumps({'test': test, 'outcome': word, **more})}\\n')\n"
 
 
-def test_what_did_not_pass_together_runs_alone(run: Run) -> None:
-    alone = (
-        script("t1", "pass"),
-        script("t2", outcome("t2", "failed") + "sys.exit(1)"),
-        script("t3", outcome("t3", "passed")),
-    )
-    made = run(stage(script("group", outcome("t1", "passed") + "os.abort()", alone=alone)))
+def alone(*names: str, text: str = "pass") -> tuple[Step, ...]:
+    return tuple(script(name, text) for name in names)
+
+
+def test_what_a_fault_leaves_without_an_outcome_runs_alone(run: Run) -> None:
+    tests = (*alone("t1"), script("t2", outcome("t2", "failed") + "sys.exit(1)"), *alone("t3"))
+    made = run(stage(script("group", outcome("t1", "passed") + "os.abort()", alone=tests)))
     assert results(made) == {"group": S.ALONE, "t2": S.FAILED, "t3": S.OK}
     assert next(row for row in made.rows if row.get("result") == S.ALONE)["alone"] == ["t2", "t3"]
     assert failed(made.rows)
 
 
+def test_a_test_that_the_device_failed_runs_alone_too(run: Run) -> None:
+    text = outcome("t1", "failed", fault=True) + "sys.exit(1)"
+    made = run(stage(script("group", text, alone=alone("t1", "t2", text="sys.exit(1)"))))
+    assert results(made) == {"group": S.ALONE, "t1": S.FAILED, "t2": S.FAILED}
+
+
+def test_a_group_that_hangs_is_taken_apart(run: Run) -> None:
+    made = run(stage(script("group", outcome("t1", "passed") + "time.sleep(99)", 1.0, alone=alone("t1", "t2"))))
+    assert results(made) == {"group": S.ALONE, "t2": S.OK} and failed(made.rows)  # it hung, though t2 does not alone
+
+
+def test_a_plain_failure_is_not_tried_again(run: Run) -> None:
+    text = outcome("t1", "failed") + outcome("t2", "passed") + "sys.exit(1)"
+    made = run(stage(script("group", text, alone=alone("t1", "t2"))))
+    assert results(made) == {"group": S.FAILED} and failed(made.rows)
+    both = outcome("t1", "failed") + outcome("t2", "failed", fault=True) + "sys.exit(1)"
+    made = run(stage(script("group", both, alone=alone("t1", "t2"))))
+    assert results(made) == {"group": S.FAILED, "t2": S.OK} and failed(made.rows)
+
+
 def test_tests_that_pass_alone_but_not_together_are_a_failure(run: Run) -> None:
-    made = run(stage(script("group", "sys.exit(1)", alone=(script("t", "pass"),))))
+    made = run(stage(script("group", "sys.exit(1)", alone=alone("t"))))
     assert results(made) == {"group": S.ALONE, "t": S.OK} and failed(made.rows)
 
 
 def test_a_group_that_passes_is_not_taken_apart(run: Run) -> None:
-    made = run(stage(script("group", outcome("t", "passed"), alone=(script("t", "sys.exit(1)"),))))
+    made = run(stage(script("group", outcome("t", "passed"), alone=alone("t", text="sys.exit(1)"))))
     assert results(made) == {"group": S.OK}
+
+
+def test_the_kin_of_what_hung_come_last(run: Run) -> None:
+    steps = [script(n, t, 1.0, kin=k) for n, t, k in (
+        ("a1", "time.sleep(99)", "a"), ("a2", "pass", "a"), ("b1", "sys.exit(1)", "b"), ("b2", "pass", "b"),
+    )]  # fmt: skip
+    more = stage(script("a3", "pass", kin="a"), script("b3", "pass", kin="b"), name="more")
+    assert list(results(run(stage(*steps), more))) == ["a1", "b1", "b2", "a2", "b3", "a3"]
 
 
 # ---- ended from outside ---------------------------------------------------------------------------------------------------

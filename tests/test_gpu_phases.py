@@ -122,7 +122,7 @@ def profiler(text: str, status: int) -> Any:
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         if "--import" in command:
             return SimpleNamespace(returncode=0, stdout=text, stderr="")
-        assert command[command.index("-m") + 1 :] == ["bench.gpu.phases", "wavenet-nv", "--run"]
+        assert command[command.index("-m") + 1 :] == ["bench.gpu.phases", "wavenet-nv", "--team", "cta", "--run"]
         if status == 0:
             Path(command[command.index("--export") + 1]).write_text("profile")
         return SimpleNamespace(returncode=status, stdout=text, stderr="")
@@ -134,7 +134,9 @@ def test_phases_are_written_and_the_profile_is_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: name)
     monkeypatch.setattr(phases.subprocess, "run", profiler(page([1, 2, 3, 4, 5]), 0))
     monkeypatch.setattr(phases, "disassemble", lambda *a: list(read_disassembly(disassembly())))
-    assert phases.main(["wavenet-nv", "--keep", str(tmp_path), "--lines", str(tmp_path / "lines")]) == 0
+    assert (
+        phases.main(["wavenet-nv", "--team", "cta", "--keep", str(tmp_path), "--lines", str(tmp_path / "lines")]) == 0
+    )
     rows = read_lines(tmp_path / "lines")
     assert rows[0]["samples"] == 15 and {row["config"] for row in rows} == {"wavenet-nv"}
     assert (tmp_path / "phases-wavenet-nv.csv.gz").stat().st_size > 0
@@ -145,14 +147,17 @@ def test_a_profiler_that_may_not_is_not_run(
     said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
-    assert phases.main(["wavenet-nv"]) == NOT_RUN_STATUS and "ncu is not installed" in capsys.readouterr().out
+    assert (
+        phases.main(["wavenet-nv", "--team", "cta"]) == NOT_RUN_STATUS
+        and "ncu is not installed" in capsys.readouterr().out
+    )
     monkeypatch.setattr(shutil, "which", lambda name, path=None: name)
     monkeypatch.setattr(phases.subprocess, "run", profiler(said, 1))
-    assert phases.main(["wavenet-nv"]) == NOT_RUN_STATUS
+    assert phases.main(["wavenet-nv", "--team", "cta"]) == NOT_RUN_STATUS
     assert capsys.readouterr().out.splitlines()[-1] == f"ncu: {said}"
     monkeypatch.setattr(phases.subprocess, "run", profiler("a fault in the program", 1))
     with pytest.raises(SystemExit, match="status 1 and no profile"):
-        phases.main(["wavenet-nv"])
+        phases.main(["wavenet-nv", "--team", "cta"])
 
 
 @pytest.mark.slow

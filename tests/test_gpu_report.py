@@ -96,7 +96,8 @@ def test_rungs_stand_side_by_side() -> None:
     found = [
         about("wavenet-nv", True, 4096), timing("wavenet-nv", 1, 200e-6, "cluster16"),
         timing("wavenet-nv", 1, 400e-6, "grid", how="steps 8 to 72 of 4096"),
-        timing("wavenet-nv", 1, 800e-6, "cta", inexact=True),
+        timing("wavenet-nv", 1, 800e-6, "cta"),
+        {"config": "wavenet-nv", "proof": {"ok": False, "text": "NOT EXACT"}, "dtype": "bfloat16", "team": "cta"},
     ]  # fmt: skip
     assert "| 1 | bfloat16 | 200 (5.00 kHz) |  | 400* (2.50 kHz) | 800 (1.25 kHz) NOT EXACT |" in text_of(found)
 
@@ -171,11 +172,11 @@ def test_tests_are_counted_by_how_they_ended_last() -> None:
 
     found = [
         row("a", "passed", findings=[{"ok": True}, {"ok": None}]), row("b", "failed", why="together"), row("b", "passed"),
-        row("c", "failed", why="7/8 equal"),
+        *(row(f"tests/gpu/c{k}", "failed", why="7/8 equal") for k in range(5)), row("d", "failed", why="other"),
     ]  # fmt: skip
     lines = check_tables.tests(found)
-    assert lines[2] == "2 passed, 1 failed, 0 skipped. 2 findings, of which 1 could not be made."
-    assert lines[3:] == ["- FAILED c: 7/8 equal"]
+    assert lines[2] == "2 passed, 6 failed, 0 skipped. 2 findings, of which 1 could not be made."
+    assert lines[3:] == ["- FAILED c0, c1, c2 and 2 more: 7/8 equal", "- FAILED d: other"]
 
 
 def test_steps_that_are_not_ok_are_told() -> None:
@@ -184,6 +185,13 @@ def test_steps_that_are_not_ok_are_told() -> None:
     assert "1 steps ok" in text and "| phases nv | NOT RUN | 2 | ncu / is not there |" in text
     assert text.splitlines()[0].endswith("FAILED.")  # there was no time for x
     assert "All passed." in text_of(found[:-1])
+    many = [end(f"y{k}", S.NO_TIME, "no time was left") for k in range(9)]
+    tests = [
+        end("tests/gpu/t.py::t", S.FAILED, "in its own section"),
+        end("tests/gpu/t.py::u", S.NO_TIME, "no time was left"),
+    ]
+    text = text_of([MACHINE, *many, *tests])
+    assert "| y0, y1, y2 and 7 more | NO TIME | 20 | no time was left |" in text and "in its own section" not in text
 
 
 def test_layers_have_their_table() -> None:

@@ -16,6 +16,7 @@ from bench.configs import Case
 from bench.gpu import ours, peers
 from bench.gpu.lines import Row, read_lines
 from bench.gpu.steps import NOT_RUN_STATUS
+from bench.gpu.timing_tables import arrange
 from fastgen import Sampler
 from fastgen.models.wavenet import WaveNet
 from fastgen.spec import Spec
@@ -51,8 +52,8 @@ def time_ours(case: Case, sampler: Sampler, batches: list[int], seconds: float =
 # ---- ours ---------------------------------------------------------------------------------------------------------------
 def test_every_batch_has_a_row(case: Case, sampler: Sampler) -> None:
     good, rows = time_ours(case, sampler, [1, 6])
-    assert good and rows[0]["proof"]["ok"] and rows[0]["lower_seconds"] >= 0
-    whole = [r for r in rows[1:] if r["how"].startswith("whole")]
+    assert good and rows[-1]["proof"]["ok"] and rows[-1]["lower_seconds"] >= 0  # behind what is timed
+    whole = [r for r in rows[:-1] if r["how"].startswith("whole")]
     assert [(r["name"], r["dtype"], r["team"], r["batch"]) for r in whole] == [
         ("fastgen", "float32", "grid", b) for b in (1, 6)
     ]
@@ -99,15 +100,16 @@ def test_a_run_that_takes_too_long_is_stopped_behind_its_first_sites(case: Case)
 
 
 def test_no_time_is_said(case: Case, sampler: Sampler) -> None:
-    assert [r.get("skipped") for r in time_ours(case, sampler, [1, 2], 0.0)[1][1:]] == ["no time left"] * 2
+    assert [r.get("skipped") for r in time_ours(case, sampler, [1, 2], 0.0)[1][:-1]] == ["no time left"] * 2
 
 
 def test_a_sampler_that_is_not_exact_is_timed_and_says_so(
     case: Case, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "proved", lambda sampler: {"ok": False, "text": "NOT EXACT"})
+    monkeypatch.setattr(ours, "proved", lambda case, sampler: {"ok": False, "text": "NOT EXACT"})
     good, rows = time_ours(case, sampler, [1])
-    assert not good and rows[1:] and all(r["inexact"] and r["step_seconds"] for r in rows[1:])
+    (config,) = arrange(rows)
+    assert not good and config["rows"] and all(r["inexact"] and r["step_seconds"] for r in config["rows"])
 
 
 def test_an_error_costs_its_own_row(case: Case, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +125,8 @@ def test_an_error_costs_its_own_row(case: Case, sampler: Sampler, monkeypatch: p
     monkeypatch.setattr(ours, "time_batch", broken)
     good, rows = time_ours(case, sampler, [2, 3, 1])
     assert not good
-    assert rows[1]["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
-    assert rows[2]["skipped"] == "out of memory" and rows[-1]["step_seconds"]
+    assert rows[0]["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert rows[1]["skipped"] == "out of memory" and rows[-2]["step_seconds"]
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_the_program_takes_its_turn_and_writes_its_rows(no_gpu_needed: None, tmp
     assert ours.main(["wavenet-mol", "--batch", "1,2", "--turn", str(tmp_path / "turn"), "--lines", str(lines)]) == 0
     rows = read_lines(lines)
     assert rows[0] == {"begins": True} and rows[1]["parameters"] == case_parameters(rows[1])
-    assert {r["batch"] for r in rows if "batch" in r} == {1, 2} and rows[2]["dtype"] == "bfloat16"
+    assert {r["batch"] for r in rows if "batch" in r} == {1, 2} and rows[-1]["proof"]["ok"]
 
 
 def case_parameters(row: Row) -> int:
@@ -152,6 +154,16 @@ def test_a_rung_that_is_not_there_is_not_run(no_gpu_needed: None, monkeypatch: p
 
     monkeypatch.setattr(ours, "on_team", move)
     assert ours.main(["wavenet-mol", "--team", "cluster16"]) == NOT_RUN_STATUS
+
+
+def test_a_sequence_is_proved_on_its_first_sites(case: Case, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    report = sampler.verify()
+    monkeypatch.setattr(Sampler, "verify", lambda self, length: asked.append(length) or report)
+    ours.proved(case, sampler)
+    free = configs.make("wavenet-nv", 4096)
+    ours.proved(free, sampler)
+    assert asked == [None, ours.PROOF_SITES]  # the first has conditioning of one length
 
 
 # ---- peers --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ third    against torch.compile, and the training layers
 from __future__ import annotations
 
 from bench.gpu.lines import Row
-from bench.gpu.steps import Stage, Step, python
+from bench.gpu.steps import TIMED_OUT, Stage, Step, python
 from bench.gpu.timing_tables import RUNGS
 
 CONFIGS = ("pixelcnnpp-cifar", "wavenet-nv", "wavenet-mol", "gated-pixelcnn-64", "wavenet-nv-large")
@@ -41,8 +41,8 @@ def first(revision: str) -> list[Stage]:
             "probe", 30, lambda rows: [probe, Step("collect", _pytest("--collect-only", "tests/gpu"), 30)], at_once=2
         ),
         Stage("smoke", 60, lambda rows: smoke(), at_once=6),
-        Stage("headline", 120, headlines, at_once=4),
-        Stage("phases", 50, lambda rows: profiles()),
+        Stage("headline", 120, lambda rows: headlines(), at_once=4),
+        Stage("phases", 50, profiles),
         Stage("cases", 50, lambda rows: groups(rows, "test_cases.py"), at_once=6),
         Stage("promises", 20, lambda rows: groups(rows, "test_promises.py")),
         Stage("kernels", 40, lambda rows: groups(rows, "test_kernels.py"), at_once=8),
@@ -86,11 +86,23 @@ CALLS = {"first": first, "second": second, "third": third}
 def smoke() -> list[Step]:
     """Every rung and dtype by itself: a kernel that hangs or faults takes nothing with it."""
     return [
-        Step(f"smoke {case} {team} {dtype}", python("bench.gpu.smoke", case, "--team", team, "--dtype", dtype), 25)
+        Step(
+            f"smoke {case} {team} {dtype}",
+            python("bench.gpu.smoke", case, "--team", team, "--dtype", dtype),
+            20,
+            kin=team,
+        )
         for dtype in DTYPES
         for team in RUNGS
         for case in SMOKE
     ]
+
+
+def hung(rows: list[Row]) -> list[str]:
+    """The rungs on which a smoke test did not end; none where all did not."""
+    late = [r["step"].split()[2] for r in rows if r["step"].startswith("smoke ") and r.get("result") == TIMED_OUT]
+    found = [rung for rung in RUNGS if rung in late]
+    return found if len(found) < len(RUNGS) else []
 
 
 def ours(config: str, team: str, batches: str, dtypes: str, seconds: float) -> Step:
@@ -98,7 +110,7 @@ def ours(config: str, team: str, batches: str, dtypes: str, seconds: float) -> S
         "bench.gpu.ours", config, "--team", team, "--batch", batches, "--dtype", dtypes, "--seconds", f"{seconds:g}",
         "--turn", "{turn}",
     )  # fmt: skip
-    return Step(f"{config} {team}", command, _limit(seconds))
+    return Step(f"{config} {team}", command, _limit(seconds), kin=team)
 
 
 def _limit(seconds: float) -> float:
@@ -106,21 +118,15 @@ def _limit(seconds: float) -> float:
     return 1.25 * seconds + 15
 
 
-def headlines(rows: list[Row]) -> list[Step]:
-    """On every rung; those last whose smoke test hung or died, so that they cost nobody else's time."""
-    bad = {
-        r["step"].split()[2]
-        for r in rows
-        if r["step"].startswith("smoke ") and r.get("result") in ("FAILED", "TIMED OUT")
-    }
-    said = {r["team"] for r in rows if "digest" in r and not r["ok"]}  # wrong, but alive
-    order = sorted(RUNGS, key=lambda rung: rung in bad - said)
-    return [ours(config, rung, batches, "bfloat16", 9) for rung in order for config, batches in HEADLINES.items()]
+def headlines() -> list[Step]:
+    """On every rung."""
+    return [ours(config, rung, batches, "bfloat16", 9) for rung in RUNGS for config, batches in HEADLINES.items()]
 
 
-def profiles() -> list[Step]:
+def profiles(rows: list[Row]) -> list[Step]:
+    team = ("--team", next(r for r in RUNGS if r not in hung(rows))) if hung(rows) else ()
     return [
-        Step(f"phases {config}", python("bench.gpu.phases", config, "--keep", "{out}"), 45, unless=UNABLE)
+        Step(f"phases {config}", python("bench.gpu.phases", config, "--keep", "{out}", *team), 45, unless=UNABLE)
         for config in HEADLINES
     ]
 
@@ -133,24 +139,25 @@ def peer(config: str, kind: str, batches: str, seconds: float) -> Step:
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
-    # Whatever pytest.ini options and plugins a machine has, they are not needed.
-    options = ("-q", "-x", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "bench.gpu.outcomes")
+    # Whatever options and plugins a machine has, they are not needed.
+    options = ("-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "bench.gpu.outcomes")
     return (*python("pytest", *options), *arguments)
 
 
 def groups(rows: list[Row], file: str) -> list[Step]:
-    """The tests of a file, some in a process: the first that fails ends it, and those that did not pass run alone. Where
-    they could not be collected, the file as a whole."""
+    """The tests of a file, some in a process, which a fault of the device ends; those that it leaves without an outcome
+    run alone. Where they could not be collected, the file as a whole."""
     names = [r["collected"] for r in rows if f"/{file}::" in r.get("collected", "")]
+    left = ("--leave-out", ",".join(hung(rows))) if hung(rows) else ()
     if not names:
-        return [Step(file, _pytest(f"tests/gpu/{file}"), 60)]
+        return [Step(file, _pytest(*left, f"tests/gpu/{file}"), 60)]
     size = -(-len(names) // GROUPS)
     size = -(-size // len(DTYPES)) * len(DTYPES) if size > 1 else 1
     found = []
     for k in range(0, len(names), size):
         part = names[k : k + size]
-        alone = tuple(Step(name, _pytest(name), 30) for name in part)
-        found.append(Step(f"{file} {k + 1} to {k + len(part)}", _pytest(*part), 60, alone=alone))
+        alone = tuple(Step(name, _pytest(*left, name), 20) for name in part) if size > 1 else ()
+        found.append(Step(f"{file} {k + 1} to {k + len(part)}", _pytest(*left, *part), 40, alone=alone))
     return found
 
 

@@ -6,7 +6,7 @@ from bench.gpu.lines import Row
 from bench.gpu.timing_tables import RUNGS
 from bench.report import number
 
-MOST = 30  # lines of what went wrong
+MOST = 20  # lines of what went wrong
 GO = 0.4  # share of finish and set-up that was expected at least; below, the account of where time goes is wrong
 
 
@@ -78,7 +78,7 @@ def phases(rows: list[Row]) -> list[str]:
 
 
 def tests(rows: list[Row]) -> list[str]:
-    """How many tests passed, and every one that did not, with what it found."""
+    """How many tests passed; and those that did not, of one reason in one line."""
     last = {r["test"]: r for r in rows if "outcome" in r}  # alone comes after together
     if not last:
         return []
@@ -87,6 +87,15 @@ def tests(rows: list[Row]) -> list[str]:
     findings = [f for r in last.values() for f in r.get("findings", [])]
     missing = sum(f["ok"] is None for f in findings)
     lines[-1] += f" {len(findings)} findings, of which {missing} could not be made." if findings else ""
-    wrong = [r for r in last.values() if r["outcome"] == "failed"]
-    lines += [f"- FAILED {r['test']}: {r.get('why', '')}" for r in wrong[:MOST]]
-    return lines + ([f"- and {len(wrong) - MOST} more"] if len(wrong) > MOST else [])
+    reasons: dict[str, list[str]] = {}
+    for row in last.values():
+        if row["outcome"] == "failed":
+            reasons.setdefault(row.get("why", ""), []).append(row["test"].removeprefix("tests/gpu/"))
+    lines += [f"- FAILED {some(names)}: {why}" for why, names in list(reasons.items())[:MOST]]
+    return lines + ([f"- and {len(reasons) - MOST} other reasons"] if len(reasons) > MOST else [])
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,6 +80,7 @@ class Driver:
             path.unlink(missing_ok=True)
         self.emit, self.rows, self.count = Lines(self.path), list[Row](), 0
         self.running: list[Running] = []
+        self.hung: set[str] = set()  # kin
 
     def run(self, stages: list[Stage]) -> None:
         """All stages; of those behind a needed one that failed nothing is begun. What still runs is ended, come what
@@ -104,7 +105,7 @@ class Driver:
 
     def _stage(self, stage: Stage, end: float) -> list[str]:
         first = len(self.rows)
-        waiting = deque(stage.steps(self.rows))
+        waiting = self._in_order(stage.steps(self.rows))
         most = max(1, min(stage.at_once, len(os.sched_getaffinity(0)) // 2))
         while waiting or self.running:
             while waiting and len(self.running) < most:
@@ -112,9 +113,13 @@ class Driver:
             for running in list(self.running):
                 if self._ended(running, end):
                     self.running.remove(running)
-                    waiting.extend(self._judge(running))
+                    waiting = self._in_order([*waiting, *self._judge(running)])
             time.sleep(LOOK)
         return [row["result"] for row in self.rows[first:] if "result" in row]
+
+    def _in_order(self, steps: Sequence[Step]) -> deque[Step]:
+        """What is likely to hang costs nobody else's time."""
+        return deque(sorted(steps, key=lambda step: step.kin in self.hung))
 
     def _begin(self, step: Step, end: float) -> None:
         if end - time.monotonic() < LEAST:
@@ -152,21 +157,26 @@ class Driver:
         else:
             result = S.FAILED
             why = f"ended by {signal.Signals(-status).name}; it last said: {why}" if status < 0 else why
+        if result == S.TIMED_OUT and step.kin:
+            self.hung.add(step.kin)
         if step.peer and result not in S.GOOD:
             result = S.LEFT_OUT
-        again = self._not_passed(step) if result in (S.FAILED, S.TIMED_OUT) else []
-        more = {"alone": [one.name for one in again]} if again else {}
-        self._note(step, S.ALONE if again else result, time.monotonic() - running.began, why, **more)
+        ended = [row for row in self.rows if row["step"] == step.name and "outcome" in row]
+        again = self._unknown(step, ended) if result in (S.FAILED, S.TIMED_OUT) else []
+        if again and not any(row["outcome"] == "failed" and not row.get("fault") for row in ended):
+            result = S.ALONE
+        self._note(step, result, time.monotonic() - running.began, why, alone=[one.name for one in again])
         return again
 
-    def _not_passed(self, step: Step) -> list[Step]:
-        ended = [row for row in self.rows if row["step"] == step.name and "outcome" in row]
-        passed = {row["test"] for row in ended if row["outcome"] == "passed"}
-        broken = {row["test"] for row in ended if row["outcome"] == "failed"}  # behind its end, too
-        return [one for one in step.alone if one.name not in passed - broken]
+    def _unknown(self, step: Step, ended: list[Row]) -> list[Step]:
+        """Tests without an outcome, or with one that is the device's fault, and perhaps another test's doing."""
+        faults = {row["test"] for row in ended if row.get("fault")}
+        known = {row["test"] for row in ended} - faults
+        return [one for one in step.alone if one.name not in known]
 
     def _note(self, step: Step, result: str, seconds: float, why: str, **more: object) -> None:
-        self._keep({"step": step.name, "result": result, "seconds": round(seconds, 1), "why": why, **more})
+        found = {k: v for k, v in more.items() if v}
+        self._keep({"step": step.name, "result": result, "seconds": round(seconds, 1), "why": why, **found})
         print(f"{step.name:<44.44} {result:<11} {seconds:5.1f} s  {why[:100]}", flush=True)
 
     def _keep(self, row: Row) -> None:

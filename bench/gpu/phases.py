@@ -48,13 +48,14 @@ class CannotProfileError(Exception):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="bench.gpu.phases", description=(__doc__ or "").split("\n")[0])
     p.add_argument("config", help="of bench/configs.py")
+    p.add_argument("--team", default="auto", help="the kind of team")
     p.add_argument("--run", action="store_true", help="only the run that is profiled")
     p.add_argument("--keep", type=Path, help="a folder for the table")
     p.add_argument("--lines", type=Path)
     return p.parse_args(arguments)
 
 
-def run(config: str) -> None:
+def run(config: str, team: str) -> None:
     """What is profiled: its first launch of the kernel."""
     import torch
 
@@ -62,19 +63,21 @@ def run(config: str) -> None:
     from bench.gpu.ours import conditioning, on_team, planned
 
     case = configs.make(config, SITES, ROWS)
-    sampler = on_team(planned(case), torch.bfloat16, "auto")
+    sampler = on_team(planned(case), torch.bfloat16, team)
     print(sampler.executor.rung(1)["text"], flush=True)  # type: ignore[attr-defined]
     sampler.sample(1, cond=conditioning(case, 1))
 
 
-def profile(config: str, folder: Path) -> str:
+def profile(config: str, team: str, folder: Path) -> str:
     """The profile's source page as CSV. Raises CannotProfileError."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise CannotProfileError("ncu is not installed")
     report = folder / "profile.ncu-rep"
-    command = [ncu, *OPTIONS, "--export", str(report), sys.executable, "-m", "bench.gpu.phases", config, "--run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = [sys.executable, "-m", "bench.gpu.phases", config, "--team", team, "--run"]
+    done = subprocess.run(
+        [ncu, *OPTIONS, "--export", str(report), *program], capture_output=True, text=True, check=False
+    )
     said = done.stdout + done.stderr
     print(said)
     if done.returncode or not report.exists():
@@ -153,13 +156,13 @@ def tool(name: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.run:
-        run(args.config)
+        run(args.config, args.team)
         return 0
     emit = Lines(args.lines)
     with tempfile.TemporaryDirectory(prefix="fastgen-phases-") as name:
         folder = Path(name)
         try:
-            text = profile(args.config, folder)
+            text = profile(args.config, args.team, folder)
             if args.keep is not None:
                 (args.keep / f"phases-{args.config}.csv.gz").write_bytes(gzip.compress(text.encode()))
             cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")

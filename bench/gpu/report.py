@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.gpu import check_tables, timing_tables
 from bench.gpu import steps as S
+from bench.gpu.check_tables import some
 from bench.gpu.driver import dump
 from bench.gpu.driver import failed as step_failed
 from bench.gpu.lines import Row, read_lines
@@ -69,13 +70,19 @@ def render(result: Row) -> str:
 
 
 def _steps(ended: list[Row]) -> list[str]:
-    """Every step that is not plainly ok, and how many are."""
+    """How many steps are plainly ok; and all others, those of one result and reason in one line. Tests that failed have
+    their own section."""
     good = [r for r in ended if r["result"] == S.OK]
     lines = [f"{len(good)} steps ok, in {sum(r['seconds'] for r in good):.0f} s of processes."]
-    rest = [r for r in ended if r["result"] != S.OK]
+    rest: dict[tuple[str, str], list[Row]] = {}
+    for row in ended:
+        if row["result"] != S.OK and not ("::" in row["step"] and row["result"] == S.FAILED):
+            rest.setdefault((row["result"], row["why"]), []).append(row)
     if rest:
         lines += ["", "| step | result | s | |", "|---|---|---:|---|"]
-        lines += [f"| {r['step']} | {r['result']} | {r['seconds']:.0f} | {_cell(r['why'])} |" for r in rest]
+    for (result, why), rows in rest.items():
+        seconds = sum(r["seconds"] for r in rows)
+        lines.append(f"| {some([r['step'] for r in rows])} | {result} | {seconds:.0f} | {_cell(why)} |")
     return lines
 
 

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # many small operations
     row = run(args.case, args.team, DTYPES[args.dtype])
     Lines(args.lines)({"case": args.case, "team": args.team, "dtype": args.dtype, **row})
-    print(row)
+    print(row.get("why") or ", ".join(f"{k} {v}" for k, v in row.items()))
     return NOT_RUN_STATUS if row["ok"] is None else int(not row["ok"])
 
 

@@ -21,9 +21,9 @@ class Step:
     turn on the device, a temporary folder, and the folder of the results.
 
     limit: seconds from its start, or, if it takes turns, from the line that says its turn has begun. unless: words in
-    its output by which a tool says that it cannot work here. alone: where it runs several tests in one process and one
-    of them fails, those that did not pass, each by itself; names are those of the tests. peer: somebody else's, which
-    is left out where it cannot.
+    its output by which a tool says that it cannot work here. alone: where it runs several tests in one process, each by
+    itself, named as the test is, for those that a fault leaves without an outcome. peer: somebody else's, which is left
+    out where it cannot. kin: steps of the same kin as one that hung are begun behind all others.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Step:
     unless: tuple[str, ...] = ()
     alone: tuple[Step, ...] = ()
     peer: bool = False
+    kin: str = ""
 
     @property
     def turns(self) -> bool:

@@ -83,6 +83,9 @@ def arrange(rows: list[Row], order: Sequence[str] = ()) -> list[Result]:
         elif "batch" in row:
             _put(config["rows"], {k: v for k, v in row.items() if k not in ("config", "step")})
     for config in table.values():
+        wrong = {(p["dtype"], p["team"]) for p in config["proofs"] if not p["ok"]}
+        for row in config["rows"]:
+            row |= {"inexact": True} if (row["dtype"], row.get("team")) in wrong else {}
         for key, missing in (("audio", False), ("parameters", 0), ("steps", 0)):
             config.setdefault(key, missing)
     return sorted(table.values(), key=lambda c: list(order).index(c["name"]) if c["name"] in order else len(order))

@@ -91,11 +91,13 @@ def named(name: str, into: list[Finding]) -> Iterator[None]:
         into.append(Finding(name, None if missing else False, f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
-def check_case(s: Subject, make: Make, dtype: torch.dtype, rungs: tuple[str, ...] = RUNGS) -> list[Finding]:
-    """All that is promised of one case in one dtype."""
+def check_case(
+    s: Subject, make: Make, dtype: torch.dtype, rungs: tuple[str, ...] = RUNGS, first: str = "auto"
+) -> list[Finding]:
+    """All that is promised of one case in one dtype. rungs: what must give the bytes of the rung that `first` takes."""
     findings: list[Finding] = []
     with named("executor", findings):
-        executor = make(s, dtype, "auto")
+        executor = make(s, dtype, first)
         for name, check in (
             ("parameters", parameters),
             ("draws", draws),
@@ -109,7 +111,7 @@ def check_case(s: Subject, make: Make, dtype: torch.dtype, rungs: tuple[str, ...
             with named(rung, findings):
                 found = make(s, dtype, rung).run(request(s.case, FIRST))
                 equal = same_bytes(found[0], expected[0]) and same_bytes(found[1], expected[1])
-                findings.append(Finding(rung, equal, "" if equal else "other bytes than the rung that auto takes"))
+                findings.append(Finding(rung, equal, "" if equal else f"other bytes than {first}"))
     return findings
 
 

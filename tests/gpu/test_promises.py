@@ -26,9 +26,9 @@ def model() -> WaveNet:
     return made.eval()
 
 
-def test_calls(record_property: Callable[[str, object], None]) -> None:
-    sequence = fastgen.compile(model(), device="cuda", dtype=torch.bfloat16)
-    image = compile_case(by_name("unet-pixelcnnpp")[0], device="cuda", threads=None)
+def test_calls(first: str, record_property: Callable[[str, object], None]) -> None:
+    sequence = fastgen.compile(model(), device="cuda", dtype=torch.bfloat16, team=first)
+    image = compile_case(by_name("unet-pixelcnnpp")[0], device="cuda", threads=None, team=first)
     settle(check_calls(sequence, image), record_property)
 
 
