@@ -191,6 +191,7 @@ class Sampler:
         return conditioning_of(self.example, cond, n, self.spec.sequence)
 
     def _check_weights(self) -> None:
+        self.executor.ready()  # first, as weights may be on its device
         name = changed(self.model, self._marks)
         if name is not None:
             raise ModelChangedError(

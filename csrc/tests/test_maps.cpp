@@ -53,7 +53,7 @@ const Function kTable[] = {
     {"tanh small", kTanh, std::tanh, -0.1, 0.1, 5},
     {"sigmoid", kSigmoid, sigmoid, -110, 110, 5},
     {"erf", kErf, std::erf, -5, 5, 4},
-    {"atan", kAtan, std::atan, -50, 50, 1},
+    {"atan", kAtan, std::atan, -50, 50, 2},
     {"erf small", kErf, std::erf, -0.01, 0.01, 4},
     {"sin", kSin, std::sin, -100, 100, 4, 2e-7},
     {"cos", kCos, std::cos, -100, 100, 4, 2e-7},
