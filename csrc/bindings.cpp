@@ -139,6 +139,7 @@ py::array_t<float> draw(const py::array_t<Head, py::array::c_style>& head, const
                         const Array<double>& uniforms, float temperature) {
   if (head.size() != 1) throw py::value_error("head must be one record");
   const Head& h = *head.data();
+  validate_head(h);
   const py::ssize_t n = params.ndim() == 2 ? params.shape(0) : -1;
   const py::ssize_t values = h.phases == 1 ? h.channels : 1;
   if (n < 0 || params.shape(1) != h.params)

@@ -249,16 +249,7 @@ int32_t least_params(const Head& h) {
 
 void check_head(const Program& p) {
   const Head& h = p.head;
-  if (h.channels < 1 || h.channels > (1 << 24)) fail("head: channels is ", h.channels, ", expected 1 to 2^24");
-  if (h.n < 1 || h.n > (1 << 22)) fail("head: n is ", h.n, ", expected 1 to 2^22");
-  if (h.phases != 1 && h.phases != h.channels)
-    fail("head: phases is ", h.phases, ", expected 1 or channels = ", h.channels);
-  if (h.phases == 1 && h.channels > 1 && !(h.kind == kLogisticMixture && h.channels == 3))
-    fail("head: kind ", h.kind, " draws one value a step, so phases must be channels = ", h.channels);
-  if (h.kind == kLogisticMixture && h.phases > 1)
-    fail("head: a logistic mixture draws a site at once, phases is ", h.phases);
-  if (h.params < least_params(h)) fail("head: params is ", h.params, ", expected at least ", least_params(h));
-  if (h.kind == kLogisticMixture && (h.levels < 0 || h.levels == 1)) fail("head: levels is ", h.levels);
+  validate_head(h);
   if (h.delay != 0 && h.delay != 1) fail("head: delay is ", h.delay, ", expected 0 or 1");
   for (int32_t f = 0; f < h.phases; ++f) {
     const int32_t first = p.param_ptr[f], last = p.param_ptr[f + 1];
@@ -286,6 +277,19 @@ void check_head(const Program& p) {
 }
 
 }  // namespace
+
+void validate_head(const Head& h) {
+  if (h.channels < 1 || h.channels > (1 << 24)) fail("head: channels is ", h.channels, ", expected 1 to 2^24");
+  if (h.n < 1 || h.n > (1 << 22)) fail("head: n is ", h.n, ", expected 1 to 2^22");
+  if (h.phases != 1 && h.phases != h.channels)
+    fail("head: phases is ", h.phases, ", expected 1 or channels = ", h.channels);
+  if (h.phases == 1 && h.channels > 1 && !(h.kind == kLogisticMixture && h.channels == 3))
+    fail("head: kind ", h.kind, " draws one value a step, so phases must be channels = ", h.channels);
+  if (h.kind == kLogisticMixture && h.phases > 1)
+    fail("head: a logistic mixture draws a site at once, phases is ", h.phases);
+  if (h.params < least_params(h)) fail("head: params is ", h.params, ", expected at least ", least_params(h));
+  if (h.kind == kLogisticMixture && (h.levels < 0 || h.levels == 1)) fail("head: levels is ", h.levels);
+}
 
 int32_t num_conds(const Program& p) {
   int64_t n = 0;

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen.backends.cuda import TEAMS
 from fastgen.backends.registry import BACKENDS, EXECUTORS
 from fastgen.backends.request import Request
-from fastgen.checks import whole_number
+from fastgen.checks import MOST_THREADS, whole_number
 from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError, VerifyError
 from fastgen.forward import device_of
 from fastgen.heads import HEADS, Head
@@ -73,7 +73,7 @@ def compile(
     if team not in TEAMS:
         raise ValueError(f"team={team!r}: expected one of {', '.join(TEAMS)}")
     if threads is not None:
-        threads = whole_number(threads, "threads", "a number of threads", least=1, most=1024)
+        threads = whole_number(threads, "threads", "a number of threads", least=1, most=MOST_THREADS)
     dtypes = EXECUTORS[backend].dtypes
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype}: expected {' or '.join(map(str, dtypes))}")

@@ -12,6 +12,8 @@ from torch import Tensor
 from fastgen.errors import ShapeError
 from fastgen.spec import Spec
 
+MOST_THREADS = 1024
+
 
 def whole_number(value: Any, name: str, what: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
     """An int, or what counts as one (numpy's). Raises ValueError."""
@@ -48,15 +50,21 @@ def known_values(spec: Spec, given: Any, mask: Any, n: int) -> tuple[Tensor | No
     if mask.shape not in (given.shape, given.shape[1:], (1, *given.shape[1:])):
         raise ShapeError(f"mask has shape {tuple(mask.shape)}; expected that of given, {tuple(given.shape)}")
     where = spec.values(mask.to(given.device).expand(given.shape)) != 0
-    _check_known(spec, known[where])
+    fault = spec.head.fault_of(known[where])
+    if fault:
+        raise ValueError(f"given holds {fault}, where mask says that it is known")
     return known, where
 
 
-def _check_known(spec: Spec, kept: Tensor) -> None:
-    if not bool(kept.isfinite().all()):
-        raise ValueError("given holds NaN or infinity where mask says that it is known")
-    if spec.head.discrete and bool(((kept < 0) | (kept >= spec.head.n) | (kept != kept.round())).any()):
-        raise ValueError(f"given holds values that are no class indices from 0 to {spec.head.n - 1}")
+def scored_values(spec: Spec, x: Any) -> Tensor:
+    """Samples [n, ...] to be scored, as values [n, H*W, C]. Raises ShapeError, ValueError, TypeError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor of samples, as sample() returns them")
+    values = spec.values(x)
+    fault = spec.head.fault_of(values)
+    if fault:
+        raise ValueError(f"x holds {fault}; expected samples as sample() returns them")
+    return values
 
 
 def conditioning_of(example: tuple[Any, ...], cond: tuple[Any, ...] | None, n: int, sequence: bool) -> tuple[Any, ...]:

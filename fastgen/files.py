@@ -219,7 +219,11 @@ def _read(path: str | Path, spec: Spec, rate: int) -> Tensor:
     x = x[None] if x.dim() == like.dim() - 1 else x
     if x.dim() != like.dim() or not x.numel():
         raise ValueError(f"{path}: shape {list(x.shape)}; expected [m, {', '.join(map(str, like.shape[1:]))}]")
-    return spec.as_long_as(x).values(x)
+    values = spec.as_long_as(x).values(x)
+    fault = spec.head.fault_of(values)
+    if fault:
+        raise ValueError(f"{path}: holds {fault}; expected samples as sample() returns them")
+    return values
 
 
 def _read_tensor(path: str | Path, ending: str) -> Tensor:
@@ -245,7 +249,13 @@ def _read_png(path: str | Path, spec: Spec) -> Tensor:
                 f"{path}: {picture.size[0]} x {picture.size[1]} pixels; expected one image of "
                 f"{spec.grid[1]} x {spec.grid[0]}"
             )
-        pixels = np.array(picture.convert("L" if spec.channels == 1 else "RGB"))
+        if picture.mode.startswith("I;16"):  # convert() would cut it off at 255
+            grey = np.rint(np.array(picture, dtype=np.float64) / 257).astype(np.uint8)
+            pixels = grey if spec.channels == 1 else np.stack([grey] * 3, -1)
+        elif picture.mode in ("I", "F"):
+            raise ValueError(f"{path}: pixels of mode {picture.mode}; expected 1, 8 or 16 bits a colour")
+        else:
+            pixels = np.array(picture.convert("L" if spec.channels == 1 else "RGB"))
     return torch.from_numpy(pixels.reshape(*spec.grid, -1)).permute(2, 0, 1)
 
 

@@ -13,7 +13,7 @@ from fastgen.backends.base import Executor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
-from fastgen.checks import conditioning_of, known_values, temperature_of, whole_number
+from fastgen.checks import conditioning_of, known_values, scored_values, temperature_of, whole_number
 from fastgen.errors import ModelChangedError
 from fastgen.fingerprint import changed, check_finite, fingerprint
 from fastgen.likelihood import bits_per_dim, log_prob
@@ -184,8 +184,9 @@ class Sampler:
         return self.spec.at_length(length)
 
     def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
-        spec = self._spec_at(self.spec.as_long_as(x).sites[0] if self.spec.sequence else None)
-        return spec, spec.values(x)
+        long = self.spec.sequence and isinstance(x, Tensor)
+        spec = self._spec_at(self.spec.as_long_as(x).sites[0] if long else None)
+        return spec, scored_values(spec, x)
 
     def _cond(self, cond: tuple[Any, ...] | None, n: int) -> tuple[Any, ...]:
         return conditioning_of(self.example, cond, n, self.spec.sequence)

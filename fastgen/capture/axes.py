@@ -15,11 +15,12 @@ from fastgen.graph.refs import Pair
 class LaneOrder:
     """Lanes x columns of a shape: which axes are channels and which are sites, by how the operands' ids vary."""
 
-    def __init__(self, shape: torch.Size, ids: list[Tensor]) -> None:
+    def __init__(self, shape: torch.Size, ids: list[Tensor], copies: int | None = None) -> None:
+        """copies: an axis of shifted copies, which looks like one of sites and is to be one of channels."""
         self.shape = shape
         self.order = torch.zeros(0)
         moved = [t for t in ids if bool((t >= 0).any())]
-        self.perm, lead = self._axes(moved)
+        self.perm, lead = self._axes(moved, copies)
         if self.perm is None:
             self.order = self._ranked(moved)
             self.lanes, self.columns = self.order.shape
@@ -34,7 +35,7 @@ class LaneOrder:
         self.site_shape = [n for n in sizes[lead:] if n > 1]
         self.folded = 0 in self.perm[lead:] and shape[0] > 1  # sites in the batch axis
 
-    def _axes(self, moved: list[Tensor]) -> tuple[list[int] | None, int]:
+    def _axes(self, moved: list[Tensor], copies: int | None) -> tuple[list[int] | None, int]:
         """(axes with the channels first, how many are channels), or (None, 0) where one axis mixes channels and sites.
 
         An axis along which the operands' sites move is one of sites, one along which only their channels move is one of
@@ -42,7 +43,12 @@ class LaneOrder:
         read at different distances, as where shifted and unshifted layers were joined.
         """
         nd = len(self.shape)
-        if nd >= 2 and self.shape[0] == 1 and all(separable(t.reshape(self.shape[1], -1)) for t in moved):
+        if (
+            copies is None
+            and nd >= 2
+            and self.shape[0] == 1
+            and all(separable(t.reshape(self.shape[1], -1)) for t in moved)
+        ):
             return [*list(range(1, nd)), 0], 1  # channels second, the usual case
         channels: list[int] = []
         places: list[int] = []
@@ -50,7 +56,7 @@ class LaneOrder:
         for a in range(nd):
             site = any(_varies(t & SITE_MASK, t >= 0, a) for t in moved)
             key = any(_varies(t >> 32, t >= 0, a) for t in moved)
-            (mixed if site and key else places if site else channels).append(a)
+            (channels if a == copies else mixed if site and key else places if site else channels).append(a)
         if mixed:
             if not any(self.shape[a] > 1 for a in places):
                 return None, 0

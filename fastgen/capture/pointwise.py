@@ -172,21 +172,43 @@ def _emit(
     full: list[Tensor],
     imm: tuple[float, ...],
 ) -> Tensor:
-    order = LaneOrder(shape, full)
-    ids = [order.split(t) for t in full]
-    keep, i, j = label_columns(order, ids, tr.data_grid)
-    if not bool(keep.any()):  # every sampled element lies outside
-        return torch.full(shape, CONST)
-    whole = bool(keep.all())
-    if not whole:
-        ids, i, j = [t[:, keep] for t in ids], i[keep], j[keep]
+    # Axes of shifted copies of one channel move in sites, as axes of sites do. Where the copies of a site would meet
+    # different constants or operands, they are channels.
+    for copies in (None, *(a for a, n in enumerate(shape) if n > 1)):
+        order = LaneOrder(shape, full, copies)
+        ids = [order.split(t) for t in full]
+        keep, i, j = label_columns(order, ids, tr.data_grid)
+        if not bool(keep.any()):  # every sampled element lies outside
+            return torch.full(shape, CONST)
+        values = [order.split(t.detach().expand(shape)) for t in tensors]
+        if not bool(keep.all()):
+            ids, values, i, j = [t[:, keep] for t in ids], [v[:, keep] for v in values], i[keep], j[keep]
+        if not _clash(i << 20 | j, ids, values):
+            break
+    else:
+        raise Irregular("elements of one site differ in what is done to them")
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
-    pieces = []
-    for t, own in zip(tensors, ids, strict=True):
-        values = order.split(t.detach().expand(shape))
-        pieces.append(_pieces(tr, t, own, values if whole else values[:, keep], order, keep, (i, j), grid))
+    pieces = [
+        _pieces(tr, t, own, value, order, keep, (i, j), grid)
+        for t, own, value in zip(tensors, ids, values, strict=True)
+    ]
     node = tr.add(MapNode, op, order.lanes, grid, fn=fn, operands=pieces, imm=imm)
     return order.join(_column_ids(node.index, order, keep, i, j))
+
+
+def _clash(label: Tensor, ids: list[Tensor], values: list[Tensor]) -> bool:
+    """Whether columns with the same label [S] differ: in an id [L, S] of an operand, or in the value of a constant."""
+    label, order = label.sort(stable=True)
+    same = label[1:] == label[:-1]
+    if not bool(same.any()):
+        return False
+    a, b = order[:-1][same], order[1:][same]
+    for own, value in zip(ids, values, strict=True):
+        differ = own[:, a] != own[:, b]
+        differ |= (own[:, a] == CONST) & (value[:, a] != value[:, b])
+        if bool(differ.any()):
+            return True
+    return False
 
 
 def _column_ids(node: int, order: LaneOrder, keep: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import fastgen
 from fastgen import files
 from fastgen.backends.registry import BACKENDS
+from fastgen.checks import MOST_THREADS
 from fastgen.cli import commands
 from fastgen.cli.models import DTYPES, RATE
 from fastgen.train.recipes import RECIPES
@@ -17,6 +18,12 @@ from fastgen.train.recipes import RECIPES
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 1")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    if _positive(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text}: expected at most {MOST_THREADS} threads")
     return int(text)
 
 
@@ -59,7 +66,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, default="auto", help="what runs the plan (naive: forward every step)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32; float16 on a GPU)")
-    add("--threads", type=_positive, help="threads to use (default: all CPUs this process may use)")
+    add("--threads", type=_threads, help="threads to use (default: all CPUs this process may use)")
     add("--length", help="of audio, in samples or seconds: 16000, 2s (default: the model's)")
     add("--rate", type=_positive, help=f"of audio, in Hz (default: the model's, else {RATE})")
     add("-q", "--quiet", action="store_true", help="no messages on the way, and no progress bar")
@@ -92,7 +99,7 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the run in DIR")
     add("--list", action="store_true", help="show the recipes")
     add("--seed", type=int, default=0, help="of weights and batches (default: 0)")
-    add("--threads", type=_positive, help="threads of torch")
+    add("--threads", type=_threads, help="threads of torch")
     add("-q", "--quiet", action="store_true", help="no progress bar")
 # fmt: on
 

@@ -102,9 +102,9 @@ class MapNode(OperandNode):
         return {k: hit for k, hit in found.items() if bool(hit.any())}
 
     def reads(self) -> list[Read]:
-        dead = {k: d.all(0) for k, d in self.dead().items()}
+        dead = self.dead()
         return [
-            Read(p.ref, dead=dead[k] if k in dead and bool(dead[k].any()) else None)
+            Read(p.ref, dead=_of_lanes(dead[k], p) if k in dead else None)
             for k, pieces in enumerate(self.operands)
             for p in pieces
             if p.ref is not None
@@ -160,7 +160,14 @@ class MapNode(OperandNode):
         """Factors that are read at sites where the other one, a constant, is zero: they may hold anything there."""
         if self.fn not in ("mul", "muladd"):
             return []
-        return [k for k, dead in self.dead().items() if bool(dead.all(0).any())]
+        dead = self.dead()
+        return [k for k in dead if any(p.ref and _of_lanes(dead[k], p) is not None for p in self.operands[k])]
+
+
+def _of_lanes(dead: Tensor, piece: Piece) -> Tensor | None:
+    """The sites [H, W] at which all lanes of a piece are dead; None where there are none."""
+    sites = dead[piece.lo : piece.hi].all(0)
+    return sites if bool(sites.any()) else None
 
 
 @dataclass

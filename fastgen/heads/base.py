@@ -42,6 +42,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "B*": ("S",),
 }
 
+_OFF_GRID = 1e-3  # of a step between levels: float32 scaling of images to [-1, 1] is a thousand times closer
 # Relative and absolute error that an executor may add to a parameter by computing its draw in float32.
 _ROUNDING = 2.0**-21
 
@@ -86,6 +87,24 @@ class Head(ABC):
     @abstractmethod
     def _explained(self, params: Tensor, error: Tensor, uniforms: Tensor, value: Tensor, t: float) -> Tensor:
         """Whether parameters within `error` of `params` could have given `value`; all float64; bool [...]."""
+
+    def fault_of(self, values: Tensor) -> str:
+        """Why these values are none that the head draws; empty if they are."""
+        if not bool(values.isfinite().all()):
+            return "NaN or infinity"
+        if self.discrete:
+            wrong = values[(values < 0) | (values >= self.n) | (values != values.round())]
+            what = f"no class index from 0 to {self.n - 1}"
+        elif self.grid_levels:
+            half = (self.grid_levels - 1) / 2  # steps of the grid on [-1, 1] are 1 / half
+            steps = (values.double() + 1) * half
+            wrong = values[(values.abs() > 1 + _OFF_GRID / half) | ((steps - steps.round()).abs() > _OFF_GRID)]
+            what = (
+                f"none of the {self.grid_levels} levels on [-1, 1] (for values between them compile with levels=None)"
+            )
+        else:
+            return ""
+        return f"{float(wrong[0]):g}, which is {what}" if wrong.numel() else ""
 
     def _channels_of(self, params: int) -> int:
         """Value channels of a step that has so many parameters. Raises ShapeError."""

@@ -62,7 +62,7 @@ class Packer:
         self.cond: list[int] = []
         self._weights: list[Tensor] = []
         self._weight_size = 0
-        self._tables: dict[int, int] = {}
+        self._tables: dict[tuple[int, Pair, int], int] = {}
         self._home: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._arena = 0
         self._input = -1
@@ -112,11 +112,11 @@ class Packer:
 
     def const_table(self, values: Tensor) -> int:
         """A Const buffer holding a per-site constant [C, H, W]."""
-        key = id(values)
         grid: Pair = (values.shape[1], values.shape[2])
         if self.schedule.sequence and grid[0] == 1 and self.length != self.planned:
             values = _stretch(values, self._grow_cols(grid))
         offset = self.consts.add(values.permute(1, 2, 0).contiguous().numpy())
+        key = (values.shape[0], grid, offset)  # equal constants lie at one offset of the pool
         if key not in self._tables:
             self._tables[key] = self._buffer(values.shape[0], grid, R.CONST, None, offset)
         return self._tables[key]
