@@ -197,9 +197,9 @@ WRONG_SAMPLE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask shape": (dict(given=GIVEN, mask=KEEP[..., 1:]), ShapeError, r"mask.*\(2, 1, 8, 7\).*\(2, 1, 8, 8\)"),
     "given list": (dict(given=[0], mask=KEEP), TypeError, "given is a list"),
     "mask list": (dict(given=GIVEN, mask=[True]), TypeError, "mask is a list"),
-    "class too large": (dict(given=GIVEN + 16, mask=KEEP), ValueError, "class indices from 0 to 15"),
-    "class negative": (dict(given=GIVEN - 1, mask=KEEP), ValueError, "class indices from 0 to 15"),
-    "class and a half": (dict(given=GIVEN + 0.5, mask=KEEP), ValueError, "class indices from 0 to 15"),
+    "class too large": (dict(given=GIVEN + 16, mask=KEEP), ValueError, "no class index from 0 to 15"),
+    "class negative": (dict(given=GIVEN - 1, mask=KEEP), ValueError, "no class index from 0 to 15"),
+    "class and a half": (dict(given=GIVEN + 0.5, mask=KEEP), ValueError, "no class index from 0 to 15"),
     "given nan": (dict(given=GIVEN + float("nan"), mask=KEEP), ValueError, "NaN"),
     "cond": (dict(cond=(torch.tensor([1]),)), ShapeError, "cond has 1 inputs.*with 0"),
 }  # fmt: skip
@@ -285,9 +285,46 @@ def test_log_prob_of_the_wrong_shape(x: Tensor, compiled: Compiled) -> None:
         compiled(IMAGE).log_prob(x.long())
 
 
-def test_log_prob_of_no_class(compiled: Compiled) -> None:
-    with pytest.raises(ValueError, match="class indices"):
-        compiled(IMAGE).log_prob(torch.full((1, 1, 8, 8), 16))
+NO_SAMPLES: dict[str, tuple[str, Any, str]] = {  # case, what is done to a sample, message
+    "class too large": ("masked-sequential", lambda x: x + 16, r"\d+, which is no class index from 0 to 15"),
+    "a class as forward takes it": ("masked-sequential", lambda x: x / 15, "no class index"),
+    "grey instead of 0 and 1": (
+        "masked-inplace-binary",
+        lambda x: x * 0 + 0.7,
+        "0.7, which is no class index from 0 to 1",
+    ),
+    "levels as 0 to 255": ("order-bottom-up", lambda x: (x + 1) * 127.5, "none of the 256 levels on .*levels=None"),
+    "levels in [0, 1]": ("order-bottom-up", lambda x: (x + 1) / 2, "none of the 256 levels"),
+    "between levels": ("order-bottom-up", lambda x: x * 0 + 0.1, "0.1, which is none of the 256 levels"),
+    "not a number": ("order-bottom-up", lambda x: x * float("nan"), "NaN or infinity"),
+    "infinite": ("rgb-gaussian", lambda x: x / 0, "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("wrong", NO_SAMPLES)
+def test_every_door_refuses_what_is_no_sample(wrong: str, compiled: Compiled) -> None:
+    name, change, match = NO_SAMPLES[wrong]
+    sampler = compiled(by_name(name)[0])
+    right = sampler.sample(1, seed=3)
+    wrong_values = change(right)
+    for door in (
+        lambda: sampler.log_prob(wrong_values), lambda: sampler.bits_per_dim(wrong_values),
+        lambda: sampler.sample(1, given=wrong_values, mask=torch.ones_like(right)),
+        lambda: list(sampler.stream(1, given=wrong_values, mask=torch.ones_like(right))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            door()
+    assert sampler.log_prob(right).isfinite()
+
+
+def test_images_scaled_in_float32_are_on_the_grid(compiled: Compiled) -> None:
+    sampler = compiled(by_name("order-bottom-up")[0])
+    for scaled in (
+        torch.arange(30) / 127.5 - 1,
+        torch.arange(226, 256) / 255 * 2 - 1,
+        (torch.arange(30) / 255 - 0.5) / 0.5,
+    ):
+        assert sampler.log_prob(scaled.view(1, 1, 6, 5)).isfinite()
 
 
 def test_order_and_length_do_not_go_together() -> None:

@@ -218,6 +218,20 @@ def test_given_of_another_size_is_refused(tmp_path: Path) -> None:
         files.read_known(tmp_path / "x.npy", IMAGES["indices"], RATE)
 
 
+def test_sixteen_bits_of_grey_are_kept(tmp_path: Path) -> None:
+    grey = np.arange(30, dtype=np.uint16).reshape(5, 6) * 8
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray(grey * 257).save(tmp_path / "16.png")
+    eight, sixteen = (files.read_known(tmp_path / f"{k}.png", IMAGES["grey"], RATE)[0] for k in (8, 16))
+    assert torch.equal(eight, sixteen) and len(eight.unique()) > 3
+
+
+def test_a_tensor_of_no_samples_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.full((1, 5, 6), 0.9))
+    with pytest.raises(ValueError, match=r"x\.npy: holds 0.9, which is none"):
+        files.read_known(tmp_path / "x.npy", IMAGES["grey"], RATE)
+
+
 @pytest.mark.parametrize(("name", "spec"), [("x.wav", IMAGES["grey"]), ("x.png", AUDIO["mulaw"])])
 def test_format_must_suit_the_samples(name: str, spec: Spec) -> None:
     with pytest.raises(ValueError, match=rf"output {name}: these samples are (audio|images); expected"):

@@ -90,7 +90,7 @@ def test_given_values_do_not_leak_between_samples(compiled: Compiled) -> None:
     (case,) = by_name("unet-pixelcnnpp")
     sampler = compiled(case)
     free = sampler.sample(3, seed=1)
-    given, mask = torch.zeros_like(free), torch.zeros(free.shape, dtype=torch.bool)
+    given, mask = -torch.ones_like(free), torch.zeros(free.shape, dtype=torch.bool)
     mask[1, :, :3] = True
     x = sampler.sample(3, seed=1, given=given, mask=mask)
     assert torch.equal(x[0], free[0]) and torch.equal(x[2], free[2]) and not torch.equal(x[1], free[1])
@@ -193,3 +193,20 @@ def test_mutated_tables_never_crash(case: Case) -> None:
     assert child.returncode == 0, f"exit {child.returncode} after {child.stdout[-600:]}\n{child.stderr[-2000:]}"
     refused, ran = map(int, child.stdout.strip().splitlines()[-1].split())
     assert refused + ran == 300 and ran > 30 and refused > 30
+
+
+def test_the_draw_checks_its_head() -> None:
+    """Called with any record: refused by name, or within bounds."""
+    right = dict(kind=1, channels=1, phases=1, enc=1, n=5, params=5, table=-1, start=-1)
+    params, u = np.zeros((1, 5), np.float32), np.full((1, 1), 0.5)
+
+    def head(**fields: int) -> Any:
+        record = np.zeros(1, native().dtypes()["Head"])
+        for name, value in {**right, **fields}.items():
+            record[name] = value
+        return record
+
+    assert native().draw(head(), params, u).tolist() == [[2.0]]
+    for wrong in (dict(n=10**9), dict(n=6), dict(n=0), dict(n=-3), dict(kind=9), dict(channels=0), dict(kind=0, n=5)):
+        with pytest.raises(ValueError, match="head: "):
+            native().draw(head(**wrong), params, u)

@@ -28,7 +28,9 @@ def rings(schedule: Schedule) -> dict[int, int]:
             if not _in_turn(u.live, u.when):
                 out[u.id] = KEEP_ALL
                 continue
-            out[u.id] = max([1] + [_lag(u.live, u.when, reader, read) for reader, read in readers.get(u.id, [])])
+            out[u.id] = max(
+                [_at_once(u)] + [_lag(u.live, u.when, reader, read) for reader, read in readers.get(u.id, [])]
+            )
     for u in schedule.units:
         if u.partial is not None:
             partial = by_id[u.partial]
@@ -58,6 +60,17 @@ def _in_turn(live: Tensor, when: Tensor) -> bool:
     position = live.nonzero()[:, axis]
     order = torch.argsort(when[live].to(torch.int64) * (1 << 21) + position)
     return bool((position[order].diff() >= 0).all())
+
+
+def _at_once(unit: Unit) -> int:
+    """Rows (columns) that a unit writes at one time: they must lie apart, whichever of them are read."""
+    position = unit.live.nonzero()[:, 0 if unit.live.shape[0] > 1 else 1]
+    _, group = torch.unique(unit.when[unit.live], return_inverse=True)
+    last = torch.zeros(int(group.max()) + 1, dtype=torch.int64).scatter_reduce_(
+        0, group, position, "amax", include_self=False
+    )
+    first = torch.zeros_like(last).scatter_reduce_(0, group, position, "amin", include_self=False)
+    return int((last - first).max()) + 1
 
 
 def _readers(units: list[Unit]) -> Readers:
