@@ -17,14 +17,7 @@ from fastgen.models.wavenet import WaveNet
 from fastgen.spec import Spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES = (
-    "pixelcnnpp-cifar",
-    "pixelcnnpp-mnist",
-    "gated-pixelcnn-64",
-    "wavenet-nv",
-    "wavenet-nv-large",
-    "wavenet-mol",
-)
+NAMES = tuple(name for name in models.CONFIGS if not name.endswith("-small"))  # those are to be trained on one core
 
 
 @dataclass(frozen=True)

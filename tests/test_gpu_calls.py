@@ -152,14 +152,14 @@ def test_tests_that_could_not_be_collected_run_as_a_file() -> None:
 TESTS = """
 import pytest
 def test_good(record_property): record_property("findings", [{"ok": True}])
-def test_bad(): raise RuntimeError("CUDA error: an illegal memory access\\nmore")
+def test_bad(): assert 1 == 2, "7/8 equal\\nmore"
 @pytest.mark.skip(reason="no GPU")
 def test_skipped(): pass
 @pytest.fixture
 def broken(): raise ValueError("in front")
 def test_in_front(broken): pass
 def test_left_out(request): assert request.config.getoption("--leave-out", "") == "grid,cta"
-def test_fault(): raise RuntimeError("CUDA error: an illegal memory access\nmore")
+def test_fault(): raise RuntimeError("CUDA error: an illegal memory access\\nmore")
 def test_never(): pass
 """
 

@@ -79,7 +79,8 @@ def arrange(rows: list[Row], order: Sequence[str] = ()) -> list[Result]:
         if "parameters" in row:
             config |= {k: row[k] for k in ("audio", "parameters", "steps")}
         elif "proof" in row:
-            config["proofs"].append({"dtype": row["dtype"], "team": row["team"], **row["proof"]})
+            of = {k: row[k] for k in ("dtype", "team", "call_seconds") if k in row}
+            config["proofs"].append({**of, **row["proof"]})
         elif "batch" in row:
             _put(config["rows"], {k: v for k, v in row.items() if k not in ("config", "step")})
     for config in table.values():
@@ -152,7 +153,9 @@ def tables(configs: list[Result]) -> list[str]:
 
 def _config(config: Result) -> list[str]:
     lines = [f"### {config['name']}", f"{config['parameters'] / 1e6:.2f}M parameters, {config['steps']} steps."]
-    return lines + [f"{p['dtype']}, {p['team']}: {p['text']}." for p in config["proofs"]]
+    lines += [f"{p['dtype']}, {p['team']}: {p['text']}." for p in config["proofs"]]
+    calls = [p["call_seconds"] for p in config["proofs"] if "call_seconds" in p]
+    return lines + ([f"Of a whole run {number(median(calls) * 1e3)} ms are the call itself."] if calls else [])
 
 
 def _rungs(config: Result) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 import fastgen
 from bench.configs import DTYPES
+from bench.gpu.calls import SMOKE
 from tests.cases import Case, cases
 from tests.gpu.checks import HELD_OFF, check_case, on_gpu, settle, subject
 from tests.oracle import by_name
@@ -27,7 +28,7 @@ def test_case(
     settle(check_case(planned(case), on_gpu, DTYPES[dtype], rungs, first), record_property)
 
 
-@pytest.mark.parametrize("case", by_name("unet-pixelcnnpp", "wavenet-vocoder"), ids=str)
+@pytest.mark.parametrize("case", by_name(*SMOKE), ids=str)
 def test_the_public_call(case: Case, rungs: tuple[str, ...], first: str) -> None:
     """fastgen.compile on the device, verified, and the same bytes on every rung that there is."""
     model, cond = case.build(), case.cond()
