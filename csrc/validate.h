@@ -8,7 +8,8 @@ namespace fastgen {
 // table, or when an op reads scratch that nothing has written.
 void validate(const Program& program);
 
-// Throws std::invalid_argument where a head by itself asks for what no draw can do (its tables are the program's affair).
+// Throws std::invalid_argument where a head by itself asks for what no draw can do (its tables are the program's
+// affair).
 void validate_head(const Head& head);
 
 // Number of arrays RunArgs::cond must hold: one more than the largest index a Cond buffer names.

@@ -146,21 +146,25 @@ void a_slow_kernel_is_left_alone() {
   }
 }
 
-// The device is refused from then on, other devices are not; and nobody waits for the kernel.
+// A team at its first step, or a CTA of teams that have left otherwise. The device is refused from then on, others are
+// not; and nobody waits for the kernel.
 void a_kernel_that_never_ends_is_given_up() {
-  Run r;
-  r.how.device = 5;
-  std::atomic<bool> leave{false};
-  r.kernel_is([&](const Launch& a, int t) {
-    beat(a, t, 1);
-    while (!leave) std::this_thread::sleep_for(1ms);
-  });
-  const std::string error = thrown<NeverEnded>([&] { r.run(); });
-  CHECK(has(error, "team 0 is at step 0, and the kernel did not end when it was cancelled"), "%s", error.c_str());
-  CHECK(has(thrown<CudaError>([&] { r.run(); }), "cuda:5: an earlier run on it never ended"), "run");
-  CHECK(has(thrown<CudaError>([] { device_info(5); }), "cuda:5: an earlier run"), "device_info");
-  CHECK(device_info(4).name == "stand-in", "another device");
-  leave = true;
+  for (const uint32_t pulse : {uint32_t{1}, kPulseOver}) {
+    Run r;
+    r.how.device = pulse == 1 ? 5 : 6;
+    std::atomic<bool> leave{false};
+    r.kernel_is([&](const Launch& a, int t) {
+      for (int other = t; other < kTeams; ++other) beat(a, other, pulse);
+      for (const auto end = Clock::now() + 20s; !leave && Clock::now() < end;) std::this_thread::sleep_for(1ms);
+    });
+    const std::string error = thrown<NeverEnded>([&] { r.run(); });
+    CHECK(has(error, pulse == 1 ? "team 0 is at step 0, and" : " s, and the kernel did not end"), "%s", error.c_str());
+    const std::string cuda = "cuda:" + std::to_string(r.how.device) + ": an earlier run on it never ended";
+    CHECK(has(thrown<CudaError>([&] { r.run(); }), cuda.c_str()), "run");
+    CHECK(has(thrown<CudaError>([&] { device_info(r.how.device); }), cuda.c_str()), "device_info");
+    CHECK(device_info(4).name == "stand-in", "another device");
+    leave = true;
+  }
 }
 
 void failures_are_named() {
@@ -180,8 +184,10 @@ void failures_are_named() {
 void a_captured_stream_is_refused_untouched() {
   for (const bool implicit : {false, true}) {
     Run r;
-    (implicit ? fake.capture_error : reinterpret_cast<cudaError_t&>(fake.capture)) =
-        implicit ? cudaErrorStreamCaptureImplicit : cudaError_t(cudaStreamCaptureStatusActive);
+    if (implicit)
+      fake.capture_error = cudaErrorStreamCaptureImplicit;
+    else
+      fake.capture = cudaStreamCaptureStatusActive;
     fake.calls.clear();
     const std::string error = thrown<CudaError>([&] { r.run(); });
     CHECK(has(error, "the stream is being captured into a CUDA graph"), "%s", error.c_str());
