@@ -15,6 +15,7 @@
 #include "cpu/machine.h"
 #include "heads.h"
 #include "plan.h"
+#include "python_progress.h"
 #include "python_tables.h"
 #include "rng.h"
 #include "validate.h"
@@ -77,14 +78,11 @@ std::vector<Floats> take_conds(const Program& p, const py::sequence& given, int6
 // Runs without the GIL; takes it for the callback and to see Ctrl-C. What either raises stops the run and is raised
 // here.
 void run_interruptibly(Executor& executor, const RunArgs& args, const py::object& callback) {
+  PythonProgress ask(callback);
   std::exception_ptr error;
   const auto progress = [&](int64_t done) {
-    py::gil_scoped_acquire gil;
     try {
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      if (callback.is_none()) return true;
-      const py::object answer = callback(done);
-      return !(py::isinstance<py::bool_>(answer) && !answer.cast<bool>());
+      return ask(done);
     } catch (...) {
       error = std::current_exception();
       return false;

@@ -229,6 +229,7 @@ class Sampler:
         return tuple(out)
 
     def _check_weights(self) -> None:
+        self.executor.ready()  # first, as weights may be on its device
         name = changed(self.model, self._marks)
         if name is not None:
             raise ModelChangedError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastgen
-from fastgen import Sampler
+from fastgen import Sampler, api
 from fastgen.backends import cuda, team
 from fastgen.backends.base import Cancelled
 from fastgen.backends.cpu import native
@@ -57,9 +57,15 @@ class StandIn:
         self.limits = dict(ctas=132, clusters16=8, clusters8=16, cooperative=True)
         self.launches: list[dict[str, Any]] = []
         self.fail: Exception | None = None
+        self.capturing: list[int] = []  # streams
+        self.asked: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
         return getattr(self.real, name)
+
+    def is_capturing(self, index: int | None, stream: int) -> bool:
+        return stream in self.capturing
 
     def cuda_device(self, index: int) -> dict[str, Any]:
         if index > 0:
@@ -197,6 +203,40 @@ def test_errors_of_the_device_name_it(samplers: Any, machine: StandIn) -> None:
         machine.fail = error
         with pytest.raises(FastgenError, match=str(error).split(":")[0]):
             sampler.sample(1)
+
+
+def test_a_capture_is_refused_before_anything_is_touched(
+    samplers: Any, machine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither memory nor weights nor the device, and the captured graph stays whole; afterwards all goes on."""
+    sampler = samplers(IMAGE)
+    request = sampler._request(2, 0, None, 1.0, None, None, 0, None)
+    machine.capturing = [0]
+    machine.asked.clear()
+    with monkeypatch.context() as nothing:
+        for module, name in ((api, "changed"), (torch, "zeros"), (torch, "empty"), (torch.cuda, "mem_get_info")):
+            nothing.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+        for use in (
+            lambda: sampler.sample(2), lambda: sampler.stream(2), lambda: sampler.verify(2),
+            lambda: sampler.executor.run(request), lambda: cuda.cuda_device(torch.device("cuda")),
+        ):  # fmt: skip
+            with pytest.raises(FastgenError, match="current stream is being captured into a CUDA graph.*sample before"):
+                use()
+    assert set(machine.asked) <= {"CudaError"} and not machine.launches
+    machine.capturing = [77]  # another stream than this thread's
+    assert sampler.sample(2).shape == (2, *IMAGE.shape) and machine.launches
+
+
+def test_what_a_lost_kernel_writes_to_stays(samplers: Any, machine: StandIn) -> None:
+    sampler = samplers(IMAGE)
+    machine.fail = machine.real.NeverEnded("1 cluster of 16 CTAs: no step was finished in 60 s")
+    with pytest.raises(FastgenError, match=r"no step was finished.*this process can use the device no more"):
+        list(sampler.stream(1))
+    try:
+        kept = {t.data_ptr() for t in cuda._lost}
+        assert {machine.launches[-1][name] for name in ("control", "out")} <= kept
+    finally:
+        cuda._lost.clear()
 
 
 def test_a_rung_that_the_device_lacks(compiled: Compiled, machine: StandIn) -> None:

@@ -205,13 +205,17 @@ def test_without_nvcc_what_needs_a_device_is_refused_by_name(call: str, argument
         getattr(native(), call)(*arguments)
 
 
-def cuobjdump(*arguments: str) -> str:
-    """NVIDIA's disassembler, which Triton's package carries."""
+def nvidia_tool(name: str) -> str:
+    """One of NVIDIA's tools that Triton's package carries."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
+    """NVIDIA's disassembler on the extension."""
     return subprocess.run(
-        [str(tool), *arguments, native().__file__], check=True, capture_output=True, text=True
+        [nvidia_tool("cuobjdump"), *arguments, native().__file__], check=True, capture_output=True, text=True, cwd=cwd
     ).stdout  # fmt: skip
 
 
@@ -244,3 +248,32 @@ def test_sixteen_bit_kernels_use_the_tensor_cores() -> None:
     half = {name: c for name, c in counts.items() if "run_program" in name}
     assert len(half) == 4, half  # bfloat16 and float16 on two architectures; float32 has none of these
     assert all(c["HMMA"] > 0 and c["LDL"] == c["STL"] == 0 for c in half.values()), half
+
+
+@compiled_kernels
+def test_binaries_for_ampere_and_hopper_and_code_for_what_comes() -> None:
+    """90 and not 90a, whose PTX no other GPU takes."""
+    files = cuobjdump("-lelf", "-lptx")
+    assert set(re.findall(r"(sm_\w+)\.cubin", files)) == {"sm_80", "sm_90"}
+    assert set(re.findall(r"(sm_\w+)\.ptx", files)) == {"sm_90"}
+    assert "UCGABAR_WAIT" in cuobjdump("-sass", "-arch", "sm_90") and "UCGABAR" not in cuobjdump(
+        "-sass", "-arch", "sm_80"
+    )
+
+
+@pytest.mark.slow
+@compiled_kernels
+def test_newer_gpus_make_their_code_of_it(tmp_path: Path) -> None:
+    """What a driver does at first use, here for sm_120: clusters included, and no spills."""
+    tool = nvidia_tool("ptxas-blackwell")
+    if not Path(tool).exists():
+        pytest.skip("this Triton carries no assembler for sm_120")
+    cuobjdump("-xptx", "all", cwd=tmp_path)
+    (ptx,) = [file for file in tmp_path.glob("*.ptx") if "run_program" in file.read_text()]
+    assert "barrier.cluster" in ptx.read_text()
+    made = subprocess.run(
+        [tool, "-arch=sm_120", "-v", str(ptx), "-o", str(tmp_path / "made.cubin")],
+        check=True, capture_output=True, text=True,
+    ).stderr  # fmt: skip
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", made)
+    assert len(frames) == 3 and set(frames) == {("0", "0", "0")}, made

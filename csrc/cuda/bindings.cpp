@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../python_progress.h"
 #include "../python_tables.h"
 #include "host_team.h"
 #include "ladder.h"
@@ -51,7 +52,8 @@ Launch read_launch(const py::dict& d) {
   Launch a = {};
   address("block", &a.block), address("arena", &a.arena), address("cond", &a.cond), address("given", &a.given);
   address("mask", &a.mask), address("out", &a.out), address("params", &a.params), address("cancel", &a.cancel);
-  address("stop", &a.stop), address("control", &a.control), address("barrier", &a.barrier), address("fault", &a.fault);
+  address("stop", &a.stop), address("control", &a.control), address("pulse", &a.pulse), address("barrier", &a.barrier),
+      address("fault", &a.fault);
   a.arena_stride = static_cast<int64_t>(number("arena_stride"));
   a.slots = static_cast<int32_t>(number("slots")), a.teams = static_cast<int32_t>(number("teams"));
   a.temperature = d["temperature"].cast<float>();
@@ -92,8 +94,8 @@ py::dict limits(int index, const std::string& precision, int32_t shared_bytes) {
   return d;
 }
 
-// Without the GIL, which is taken for the callback and to see Ctrl-C; what either raises cancels the run, and is raised
-// when the kernel has ended.
+// Without the GIL, which is taken for the callback and, ten times a second, to see Ctrl-C; what either raises cancels
+// the run, and is raised when the kernel has ended.
 int64_t run_device(const py::dict& launch, int index, uint64_t stream, uint64_t side_stream, const py::dict& r,
                    const std::string& precision, int32_t shared_bytes, const py::object& callback) {
   const Launch a = read_launch(launch);
@@ -101,13 +103,8 @@ int64_t run_device(const py::dict& launch, int index, uint64_t stream, uint64_t 
   how.device = index, how.stream = stream, how.side_stream = side_stream, how.precision = precision_of(precision);
   how.rung = {static_cast<TeamKind>(r["kind"].cast<int32_t>()), r["ctas"].cast<int32_t>(), r["teams"].cast<int32_t>()};
   how.shared_bytes = shared_bytes;
-  const auto progress = [&](int64_t done) {
-    py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (callback.is_none()) return true;
-    const py::object answer = callback(done);
-    return !(py::isinstance<py::bool_>(answer) && !answer.cast<bool>());
-  };
+  PythonProgress ask(callback);
+  const auto progress = [&](int64_t done) { return ask(done); };
   py::gil_scoped_release release;
   return run_on_device(a, how, progress);
 }
@@ -121,6 +118,7 @@ void bind(py::module_& m) {
   m.attr("FAULT_BYTES") = static_cast<int>(sizeof(Fault));
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::register_exception<Lost>(m, "LostPartner", PyExc_RuntimeError);
+  py::register_exception<NeverEnded>(m, "NeverEnded", PyExc_RuntimeError);
   m.def("lower", &lower_tables, py::arg("tables"), py::arg("precision"), py::arg("shared_bytes"),
         "-> (block [bytes] uint8, {arena, stages, column_stages, weight_bytes}); see csrc/cuda/lowered.h.");
   m.def("run_on_host", &run_host, py::arg("launch"), py::arg("ranks"), py::arg("warps"),
@@ -131,6 +129,8 @@ void bind(py::module_& m) {
   m.def("cuda_device", &device, py::arg("device"), "Name and sizes of a device.");
   m.def("cuda_limits", &limits, py::arg("device"), py::arg("precision"), py::arg("shared_bytes"),
         "What the device holds at once of the kernel for a precision.");
+  m.def("is_capturing", &is_capturing, py::arg("device"), py::arg("stream"),
+        "Whether what the stream is given goes into a CUDA graph.");
   m.def("run_on_device", &run_device, py::arg("launch"), py::arg("device"), py::arg("stream"), py::arg("side_stream"),
         py::arg("rung"), py::arg("precision"), py::arg("shared_bytes"), py::arg("callback"),
         "Runs a launch on a device and waits -> steps done; addresses are of device memory.");

@@ -10,6 +10,7 @@ template <Precision P>
 __global__ void __launch_bounds__(kThreads, 1) run_program(const __grid_constant__ Launch a, TeamKind kind, int ctas) {
   DeviceTeam team(a, kind, ctas);
   Interpreter<P, DeviceTeam>(team, a).run();
+  team.leave();
 }
 
 }  // namespace

@@ -1,16 +1,21 @@
 // Running lowered programs on a CUDA device: what it can hold, the launch, and the wait. In launch.cu; where it was
 // built without nvcc, in without_cuda.cpp, and then all calls throw CudaError.
 #pragma once
-#include <functional>
 #include <stdexcept>
 #include <string>
 
 #include "ladder.h"
 #include "lowered.h"
+#include "wait.h"
 
 namespace fastgen::team {
 
 struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A kernel was given up: it still has the memory of its launch, pinned memory included, which must stay where it is.
+struct NeverEnded : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
@@ -29,6 +34,9 @@ Device device_info(int device);
 // What the device holds at once of the kernel for a precision. Throws CudaError.
 Limits device_limits(int device, Precision precision, int32_t shared_bytes);
 
+// Whether what a stream is given goes into a CUDA graph. Throws CudaError.
+bool is_capturing(int device, uint64_t stream);
+
 struct CudaRun {
   int device = 0;
   uint64_t stream = 0;       // the caller's cudaStream_t
@@ -36,16 +44,15 @@ struct CudaRun {
   Rung rung = {};
   Precision precision = kFloat32;
   int32_t shared_bytes = 0;
+  Rhythm rhythm = {};
 };
 
-// Called with the number of steps done by all teams; false cancels.
-using Progress = std::function<bool(int64_t)>;
-
 // Launches and waits for the end. The pointers of `launch` lead into device memory, that of control into pinned host
-// memory, with room for one more than there are teams; all words are zeroed. `out` may be pinned host memory, too.
-// `progress` is called as rows are finished, `out` being complete for the steps done. Returns the number of steps done:
-// all of them, or fewer if cancelled. Throws CudaError, Lost, and what `progress` throws, after the kernel has ended.
-// Allocates nothing: freeing device memory would wait for other samplers' kernels.
+// memory, with room for 2 * teams + 1; all words are zeroed. `out` may be pinned host memory, too. When `progress` is
+// called, `out` is complete for the steps done. Returns the number of steps done: all of them, or fewer if cancelled.
+// Throws CudaError (at once, with nothing touched, where the stream is being captured), Lost, and what `progress`
+// throws, after the kernel has ended; and NeverEnded, after which the device is refused. Allocates nothing: freeing
+// device memory would wait for other samplers' kernels.
 int64_t run_on_device(Launch launch, const CudaRun& how, const Progress& progress);
 
 }  // namespace fastgen::team

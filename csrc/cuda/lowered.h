@@ -124,6 +124,7 @@ struct Fault {                          // who waited in vain, and where
 enum FaultCode : uint32_t { kNoFault = 0, kLostPartner = 1 };
 
 constexpr int kBarrierWords = 32;       // a line of the second-level cache each
+constexpr uint32_t kNoPulse = 0, kPulseOver = ~0u;  // of a team that has not begun, and of one that has left
 
 struct Launch {
   const char* block;                    // the lowered program
@@ -141,6 +142,7 @@ struct Launch {
   const uint32_t* cancel;               // nonzero: stop after the step
   uint32_t* stop;                       // [teams], zeroed; the steps after which a cancelled team stops
   Control* control;                     // [teams], zeroed
+  uint32_t* pulse;                      // [teams], zeroed; of teams on a device, another number each step
   uint32_t* barrier;                    // [teams * kBarrierWords], zeroed; for teams that meet in memory
   Fault* fault;                         // zeroed
   uint64_t patience;                    // nanoseconds a barrier in memory waits before it reports a lost partner

@@ -1,10 +1,11 @@
 // A team of CTAs on a GPU, for the interpreter. Numbers pass between CTAs through the second-level cache; kinds of team
 // differ in how their CTAs meet, which is decided at launch:
 //   kCtaTeam      alone: __syncthreads
-//   kClusterTeam  the hardware's cluster barrier (sm_90). CTAs of a cluster are scheduled together, and threads that
-//                 exit count as arrived, so nobody can wait for ever
+//   kClusterTeam  the hardware's cluster barrier (from compute_90 on). CTAs of a cluster are scheduled together, and
+//                 threads that exit count as arrived; for a partner that never comes it would wait for ever
 //   kGridTeam     a counter in memory. Its CTAs must all be resident (cooperative launch); a partner that does not come
 //                 within `patience` is reported, and everybody leaves
+// Every team has a pulse, by which the host sees that it stands still (wait.h).
 #pragma once
 #include "ladder.h"
 #include "lowered.h"
@@ -26,7 +27,8 @@ FG_D uint64_t nanoseconds() {
 
 class DeviceTeam {
  public:
-  FG_D DeviceTeam(const Launch& a, TeamKind kind, int ctas) : a_(a), kind_(kind), size_(ctas) {}
+  FG_D DeviceTeam(const Launch& a, TeamKind kind, int ctas) : a_(a), kind_(kind), size_(ctas) { beat(1); }
+  FG_D void leave() const { beat(kPulseOver); }
 
   FG_D int index() const { return blockIdx.x / size_; }
   FG_D int rank() const { return blockIdx.x % size_; }
@@ -38,7 +40,11 @@ class DeviceTeam {
     extern __shared__ __align__(16) char memory[];
     return memory;
   }
-  FG_D void at(int64_t step, int32_t op) { step_ = step, op_ = op; }
+  // A barrier stands before every step, and releasing it waits for what the draw stored: one word more is free.
+  FG_D void at(int64_t step, int32_t op) {
+    if (step != step_) beat(static_cast<uint32_t>(step) + 1);
+    step_ = step, op_ = op;
+  }
 
   FG_D void sync_warp() const { __syncwarp(); }
   FG_D void sync_cta() const { __syncthreads(); }
@@ -62,6 +68,10 @@ class DeviceTeam {
   }
 
  private:
+  FG_D void beat(uint32_t pulse) const {
+    if (threadIdx.x == 0 && rank() == 0) post(a_.pulse + index(), pulse);
+  }
+
   FG_D bool meet_in_memory() {
     __syncthreads();
     int lost = 0;

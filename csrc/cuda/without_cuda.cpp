@@ -16,6 +16,8 @@ Device device_info(int) { refuse("cuda_device"); }
 
 Limits device_limits(int, Precision, int32_t) { refuse("cuda_limits"); }
 
+bool is_capturing(int, uint64_t) { refuse("is_capturing"); }
+
 int64_t run_on_device(Launch, const CudaRun&, const Progress&) { refuse("run_on_device"); }
 
 }  // namespace fastgen::team

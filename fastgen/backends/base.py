@@ -60,6 +60,10 @@ class Executor(ABC):
         """How many samples to run at once."""
         return 16
 
+    def ready(self) -> None:
+        """Raises FastgenError where a run cannot begin now; asked before anything else."""
+        return None
+
     def aside(self) -> AbstractContextManager[Any]:
         """What a thread enters to run beside the thread that calls this, while that goes on using the device."""
         return nullcontext()

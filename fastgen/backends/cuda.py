@@ -19,6 +19,7 @@ from fastgen.plan.harvest import Harvester
 TEAMS = ("auto", "cluster16", "cluster8", "grid", "cta")
 MOST_SLOTS = 8192
 MEMORY_SHARE = 0.8  # of what is free may go to the state of samples in flight
+_lost: list[Tensor] = []  # pinned memory that a kernel which was given up may still write to
 
 
 def cuda_device(device: torch.device) -> tuple[torch.device, dict[str, Any]]:
@@ -34,9 +35,20 @@ def cuda_device(device: torch.device) -> tuple[torch.device, dict[str, Any]]:
         raise UnsupportedError(f"device='{device}': torch finds no CUDA device (no GPU, or no driver that fits)")
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        return torch.device("cuda", index), native().cuda_device(index)
+        properties = native().cuda_device(index)
     except native().CudaError as error:
         raise UnsupportedError(f"device='{device}': {error}") from error
+    refuse_capture(torch.device("cuda", index))
+    return torch.device("cuda", index), properties
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises FastgenError while the current stream is being captured into a CUDA graph."""
+    if native().is_capturing(device.index, torch.cuda.current_stream(device).cuda_stream):
+        raise FastgenError(
+            f"{device}: the current stream is being captured into a CUDA graph, which cannot hold sampling: that allocates, "
+            "copies and waits; sample before or after the capture"
+        )
 
 
 class CudaExecutor(TeamExecutor):
@@ -92,6 +104,15 @@ class CudaExecutor(TeamExecutor):
         stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(stream)
 
+    def ready(self) -> None:
+        """Nothing may be captured, asked before anything is given to the stream."""
+        refuse_capture(self.device)
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """See Executor; results are on the executor's device. Releases the GIL."""
+        self.ready()
+        return super().run(request)
+
     def _values(self, request: Request, *shape: int) -> Tensor:
         """In pinned memory where the caller follows the run: the kernel writes there itself, so that news need no copy,
         which on a full device might wait for the end."""
@@ -103,9 +124,12 @@ class CudaExecutor(TeamExecutor):
         native_ = self._native
         rung = self.rung(request.slots)
         teams = int(rung["teams"])
-        sizes = {"barrier": native_.BARRIER_BYTES * teams, "fault": native_.FAULT_BYTES, "cancel": 8, "stop": 4 * teams}
+        sizes = {
+            "barrier": native_.BARRIER_BYTES * teams, "fault": native_.FAULT_BYTES, "cancel": 8, "stop": 4 * teams,
+            "pulse": 4 * teams,
+        }  # fmt: skip
         words = torch.zeros(sum(sizes.values()), dtype=torch.uint8, device=self.device)
-        control = torch.zeros(native_.CONTROL_BYTES * (teams + 1), dtype=torch.uint8, pin_memory=True)
+        control = torch.zeros(native_.CONTROL_BYTES * (2 * teams + 1), dtype=torch.uint8, pin_memory=True)
         addresses = itertools.accumulate(sizes.values(), initial=words.data_ptr())
         launch |= dict(zip(sizes, addresses, strict=False), control=control.data_ptr())
         stream = torch.cuda.current_stream(self.device)
@@ -119,6 +143,9 @@ class CudaExecutor(TeamExecutor):
             )  # fmt: skip
         except (native_.CudaError, native_.LostPartner) as error:
             raise FastgenError(f"{self.device}: {error}") from error
+        except native_.NeverEnded as error:
+            _lost.extend((control, out))
+            raise FastgenError(f"{self.device}: {error}; this process can use the device no more") from error
         if done < lowered.program.steps or news.refused:
             raise Cancelled
 
