@@ -33,7 +33,7 @@ FLOORS = (
 )
 FLOOR = {part: k for k, parts in enumerate(FLOORS) for part in parts}
 # What may be imported inside a function: what need not be installed, or built.
-OPTIONAL = ("fastgen.kernels", "scipy", "mlxtend", "triton")
+OPTIONAL = ("fastgen._native", "fastgen.kernels", "scipy", "mlxtend", "triton")
 LARGEST, MEDIAN = 320, 130
 
 
