@@ -194,7 +194,9 @@ def conv_of_conditioning(tr: Tracer, name: str, out: Tensor, args: Any) -> Ids |
     if name != "convolution" or args[0].dim() != 3 or args[6] or tr.data_grid[0] != 1:
         return None
     x, w, out_len = args[0], args[1], out.shape[-1]
-    if x.shape[0] != 1 or out_len != tr.data_grid[1] or x.shape[-1] != out_len or tr.conditional(w) or tr.depth:
+    if x.shape[0] != 1 or out_len != tr.data_grid[1] or x.shape[-1] != out_len or tr.depth:
+        return None
+    if tr.conditional(w) or tr.conditional(args[2]):
         return None
     if not bool((tr.ids(x) == COND).all()):
         return None

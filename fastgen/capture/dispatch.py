@@ -6,7 +6,7 @@ without a rule is decomposed by torch's own decompositions, or becomes opaque: r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,14 @@ REFUSED = {
     "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
     "cumsum": "a running sum", "cumprod": "a running product",
     "native_group_norm": "a norm over sites", "sort": "sorting", "topk": "top-k",
+}  # fmt: skip
+# Arguments, by position, whose conditioning a rule turns into sources of its own; of any other argument the example's value
+# would be taken for a constant. (Matrix products and sums refuse by themselves, saying what they cannot mix.)
+ANY = range(16)
+CONDITIONAL: dict[str, Iterable[int]] = {
+    **dict.fromkeys(MOVEMENT, (0,)), **dict.fromkeys(LINEAR, ANY), **dict.fromkeys(POINTWISE, ANY),
+    **dict.fromkeys(["convolution", "index", "glu", "log_sigmoid_forward", "native_layer_norm", "native_batch_norm",
+                     "_native_batch_norm_legit_no_training", "cudnn_batch_norm"], (0,)),
 }  # fmt: skip
 
 
@@ -146,7 +154,15 @@ class Dispatcher(TorchDispatchMode):
         if blocked is not None:  # what follows an operation without a rule has none either: keep the first reason
             return torch.full(out.shape, blocked)
         try:
+            self._check_conditioning(name, args, kwargs)
             ids = rule(tr, func, out, args, kwargs)
             return ids if isinstance(ids, ClosedForm) else ids.reshape(out.shape)
         except Irregular as error:
             return tr.opaque(out, name, f"aten.{name}: {error}")
+
+    def _check_conditioning(self, name: str, args: Any, kwargs: Any) -> None:
+        """Raises Irregular where an argument depends on conditioning that the rule would not follow."""
+        allowed = CONDITIONAL.get(name, ())
+        for k, a in [*enumerate(args), *kwargs.items()]:
+            if k not in allowed and any(self.tracer.conditional(t) for t in tree_leaves(a) if isinstance(t, Tensor)):
+                raise Irregular(f"argument {k} depends on conditioning, and would be frozen at the example's value")

@@ -105,6 +105,8 @@ def bmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     if tr.dynamic(a) and tr.dynamic(b):
         raise Irregular("a product of two sampled tensors (attention) is not planned yet")
     shared = b if tr.dynamic(a) else a
+    if tr.conditional(shared):
+        raise Irregular("a product with a matrix that depends on conditioning")
     if tr.dynamic(a) and (shared.stride(0) == 0 or bool((shared == shared[:1]).all())):
         flat = tr.ids(a).reshape(-1, a.shape[-1])
         return linear(tr, "linear", flat.t(), a.reshape(flat.shape).t(), shared[0].t(), None).t().reshape(out.shape)

@@ -55,6 +55,10 @@ def _spec(
     def arg(k: int, key: str, default: Any) -> Any:
         return a[k] if len(a) > k else kw.get(key, default)
 
+    if name == "round" and (len(a) > 1 or kw.get("decimals")):
+        raise Irregular("rounding to decimals")
+    if name == "addcmul" and kw.get("value", 1) != 1:
+        raise Irregular("addcmul with a value other than 1")
     if name == "div" and kw.get("rounding_mode"):
         raise Irregular("division with rounding")
     if name in ("add", "sub", "rsub"):
