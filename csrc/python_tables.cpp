@@ -26,14 +26,22 @@ py::array_t<T> table(const py::dict& tables, const char* name, py::list* held) {
 
 int64_t number(const py::dict& tables, const char* name, int64_t most) {
   if (!tables.contains(name)) throw py::value_error(std::string("table '") + name + "' is missing");
-  const int64_t n = tables[name].cast<int64_t>();
+  const py::object value = tables[name];
+  int64_t n = -1;
+  try {
+    n = value.cast<int64_t>();
+  } catch (const py::cast_error&) {  // no integer, or none of 64 bits: said below
+  }
   if (n < 0 || n > most)
-    throw py::value_error(std::string(name) + " is " + std::to_string(n) + ", expected 0 to " + std::to_string(most));
+    throw py::value_error(std::string(name) + " is " + std::string(py::repr(value)) + ", expected 0 to " +
+                          std::to_string(most));
   return n;
 }
 
 template <class T>
 int32_t length(const py::array_t<T>& a, const char* name, int64_t expected = -1) {
+  if (a.ndim() > 1)
+    throw py::value_error(std::string("table '") + name + "' has " + std::to_string(a.ndim()) + " axes, expected 1");
   if (a.size() > INT32_MAX || (expected >= 0 && a.size() != expected))
     throw py::value_error(std::string("table '") + name + "' has " + std::to_string(a.size()) + " records, expected " +
                           (expected >= 0 ? std::to_string(expected) : "fewer than 2^31"));

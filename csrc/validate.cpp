@@ -37,14 +37,22 @@ void check_sizes(const Program& p) {
   if (p.weight_bits != 32 && p.weight_bits != 16)
     fail("program: weight_bits is ", p.weight_bits, ", expected 32 or 16");
   if (p.arena < 0 || p.arena > (int64_t{1} << 40)) fail("program: arena is ", p.arena, " floats, expected 0 to 2^40");
+  std::vector<int64_t> drawn;
   for (int32_t t = 0; t < p.period; ++t) {
     if (!inside(p.step_site[t], 1, sites)) fail("step_site ", t, ": site ", p.step_site[t], " of ", sites);
     if (!inside(p.step_phase[t], 1, p.head.phases))
       fail("step_phase ", t, ": phase ", p.step_phase[t], " of ", p.head.phases);
     const int64_t last = t + (p.steps - 1 - t) / p.period * p.period;  // of the steps that this entry serves
-    if (t < p.steps && site_of_step(p, last) >= sites)
+    if (t >= p.steps) continue;                                        // a short sequence ends before this entry
+    if (site_of_step(p, last) >= sites)
       fail("step_site ", t, ": step ", last, " is at site ", site_of_step(p, last), " of ", sites);
+    drawn.push_back(static_cast<int64_t>(p.step_site[t]) * p.head.phases + p.step_phase[t]);
   }
+  std::sort(drawn.begin(), drawn.end());
+  const auto twice = std::adjacent_find(drawn.begin(), drawn.end());
+  if (twice != drawn.end())
+    fail("step_site, step_phase: phase ", *twice % p.head.phases, " of site ", *twice / p.head.phases,
+         " is drawn twice");
 }
 
 void check_buffer(const Program& p, int32_t index) {

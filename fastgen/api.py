@@ -46,7 +46,8 @@ def compile(
 
     shape: one sample as forward takes it, without the batch: (C, H, W), (C, T), (T,); layout names the axes, by default
     from the rank. head: how parameters become a value (fastgen.heads). cond: example conditioning, batch 1. order:
-    None for raster (channels in turn), or the step of every site. predicts: "same", or "next" when forward is fed the
+    None for raster (channels in turn), or integers, the step of every site [H, W] ([T]) or of every value, channels
+    first, [C, H, W] ([D] of a vector); an order holds for one length. predicts: "same", or "next" when forward is fed the
     sample delayed by one with `start` in front. device: where to sample; None: where the module is. dtype: of weights,
     float32 or bfloat16; on a GPU, of weights and activations in products, float16 too. backend: auto (cpu or cuda, by
     the device), reference (torch) or naive (the slow loop). threads: of the cpu executor. team: of the cuda executor,

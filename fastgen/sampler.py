@@ -174,14 +174,7 @@ class Sampler:
             return self.spec
         if not self.spec.sequence:
             raise ValueError(f"length={length!r}: only sequences have a length; samples are {self.spec.shape}")
-        length = whole_number(length, "length", "a number of sites", least=1)
-        if length == self.spec.sites[0]:
-            return self.spec
-        if self.spec.order is not None:
-            raise ValueError(
-                f"length={length}: the order given at compile time holds for {self.spec.sites[0]} sites only"
-            )
-        return self.spec.at_length(length)
+        return self.spec.at_length(whole_number(length, "length", "a number of sites", least=1))
 
     def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
         long = self.spec.sequence and isinstance(x, Tensor)

@@ -25,7 +25,7 @@ class Spec:
     layout: names of the axes, one of LAYOUTS; D is a vector whose values share one site, as any of them may need any
     other (MADE). predicts: "same" (the output at a site is for that site) or "next" (forward is fed the sample delayed by
     one with `start` in front). order: None (raster, channels in turn) or an int tensor with the step of every site
-    [H, W], or of every value [C, H, W] ([D] for a vector).
+    [H, W], or of every value, channels first in every layout, [C, H, W] ([D] for a vector).
     """
 
     shape: tuple[int, ...]
@@ -63,6 +63,8 @@ class Spec:
                 f"shape {self.shape} has {width} channels; {self.head.name} encodes a value in {self.head.enc}, "
                 f"so their number must be a multiple of it"
             )
+        if self.order is not None:
+            _ = self.timeline  # which raises where the order does not fit
 
     # ---- geometry ------------------------------------------------------------------------------------------------
     @property
@@ -115,9 +117,14 @@ class Spec:
         return self.grid[0] * self.grid[1] * self.phases
 
     def at_length(self, length: int) -> Spec:
-        """The same sequence with another number of sites."""
-        shape = tuple(length if a == "T" else s for a, s in zip(self.layout, self.shape, strict=True))
-        return Spec(shape, self.head, self.layout, self.predicts, self.start)
+        """The same sequence with another number of sites. Raises ValueError where an order holds for this one only."""
+        if length == self.sites[0]:
+            return self
+        if self.order is not None:
+            raise ValueError(f"length={length}: the order given at compile time holds for {self.sites[0]} sites only")
+        return replace(
+            self, shape=tuple(length if a == "T" else s for a, s in zip(self.layout, self.shape, strict=True))
+        )
 
     def as_long_as(self, samples: Tensor) -> Spec:
         """The same with the length that samples [n, ...] of a sequence have."""

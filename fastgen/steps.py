@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,25 +43,33 @@ def make_steps(table: Tensor, delayed: bool, channels: int, enc: int) -> Steps:
     order = torch.argsort(table.reshape(-1))
     known = 2 * table + 2
     if delayed:
-        flat = known.amax(0).reshape(-1)
-        known = torch.cat([torch.zeros(1, dtype=flat.dtype), flat[:-1]]).view(1, h, w)
+        flat = known.reshape(len(known), -1)
+        known = torch.cat([torch.zeros_like(flat[:, :1]), flat[:, :-1]], 1).view_as(table)
     per_value = known.expand(channels, h, w) if known.shape[0] == 1 else known
     return Steps(table, order % (h * w), order // (h * w), per_value.repeat_interleave(enc, 0))
 
 
 def step_table(order: Tensor | None, phases: int, grid: tuple[int, int], sites: tuple[int, ...]) -> Tensor:
     """The step of every draw [phases, H, W]. order: None for raster with the values of a site in turn, or the step of
-    every site, or of every value. Raises ShapeError."""
+    every site [*sites], or of every value, channels first [phases, *sites]. Raises TypeError, ShapeError."""
     h, w = grid
     if order is None:
         site = torch.arange(h * w).view(1, h, w)
         return site * phases + torch.arange(phases).view(-1, 1, 1)
-    order = order.long().cpu()
-    given = tuple(order.shape)
-    order = order.reshape(-1, h, w) if order.numel() % (h * w) == 0 and order.numel() else order
-    if order.dim() != 3 or order.shape[0] not in (1, phases):
-        raise ShapeError(f"order has shape {given}; expected the step of every site {sites} or of every value")
-    if order.shape[0] != phases:
+    if not isinstance(order, Tensor):
+        raise TypeError(
+            f"order is a {type(order).__name__}; expected a tensor of integers shaped {sites} (torch.as_tensor)"
+        )
+    if order.is_floating_point() or order.is_complex() or order.dtype == torch.bool:
+        raise ShapeError(f"order is a tensor of {order.dtype}; expected integers, the step of every site or value")
+    every_value = (phases, *sites) if h * w == math.prod(sites) else sites  # those of a vector share one site
+    if tuple(order.shape) not in (sites, (1, *sites), every_value):
+        raise ShapeError(
+            f"order has shape {tuple(order.shape)}; expected the step of every site {sites}"
+            + (f" or of every value, channels first {every_value}" if phases > 1 and every_value != sites else "")
+        )
+    order = order.long().cpu().reshape(-1, h, w)
+    if len(order) != phases:
         order = order * phases + torch.arange(phases).view(-1, 1, 1)
     if not torch.equal(order.reshape(-1).sort()[0], torch.arange(order.numel())):
         raise ShapeError("order must hold every step 0, 1, 2, ... once")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,11 +63,9 @@ def _chunk(spec: Spec, out: Tensor, a: int, b: int) -> Tensor:
     part = out[:, a:b].clone()
     if spec.vector:
         return spec.result(part)
+    axes = dict(zip(spec.layout, spec.shape, strict=True))
     if spec.sequence:
-        return spec.at_length(b - a).result(part)
-    axes = {
-        "C": spec.shape[spec.layout.index("C")] if "C" in spec.layout else 1,
-        "H": (b - a) // spec.grid[1],
-        "W": spec.grid[1],
-    }
-    return Spec(tuple(axes[k] for k in spec.layout), spec.head, spec.layout).result(part)
+        axes["T"] = b - a
+    else:
+        axes["H"] = (b - a) // spec.grid[1]
+    return replace(spec, shape=tuple(axes.values()), order=None).result(part)

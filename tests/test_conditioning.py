@@ -40,6 +40,13 @@ def running(m: Any) -> tuple[Tensor, Tensor]:
     return torch.zeros(WIDTH), torch.ones(WIDTH)
 
 
+def copies_scaled(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """Shifted copies, each times a number of its own: copies of one site differ in nothing else."""
+    wide = F.conv1d(F.pad(h, (3, 0)), torch.eye(WIDTH)[:, :, None].repeat(1, 1, 2))
+    copies = torch.stack([wide[..., k : k + h.shape[2]] for k in range(3)], 1)
+    return (copies * m.table[label][:, :3, None, None]).sum(1)
+
+
 FROZEN: dict[str, Callable[..., Tensor]] = {
     "bias of a convolution": lambda m, h, c: F.conv1d(h, torch.eye(WIDTH)[:, :, None], m.table[c][0]),
     "weight of a convolution": lambda m, h, c: F.conv1d(h, m.many[c][0][:, :, None]),
@@ -62,6 +69,7 @@ FOLLOWED: dict[str, Callable[..., Tensor]] = {
     "added": lambda m, h, c: h + m.table[c][:, :, None],
     "gate": lambda m, h, c: h * torch.sigmoid(m.table[c])[:, :, None],
     "one-hot experts": lambda m, h, c: (torch.stack([h, -h, 2 * h, h * h], 1) * F.one_hot(c, CLASSES)[:, :, None, None]).sum(1),
+    "shifted copies": copies_scaled,
     "branch": lambda m, h, c: torch.where((c == 1)[:, None, None], h, -h),
 }  # fmt: skip
 

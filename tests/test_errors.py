@@ -85,6 +85,22 @@ WRONG_COMPILE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "order shape": (
         lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, order=torch.arange(15).view(3, 5)), ShapeError, r"order.*\(3, 5\).*\(4, 4\)",
     ),
+    "order transposed": (
+        lambda: fastgen.compile(Plain(), (1, 4, 5), HEAD, order=torch.arange(20).view(5, 4)), ShapeError, r"order.*\(5, 4\).*site \(4, 5\)$",
+    ),
+    "order flat": (
+        lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, order=torch.arange(16)), ShapeError, r"order.*\(16,\).*\(4, 4\)",
+    ),
+    "order of values channels last": (
+        lambda: fastgen.compile(Plain(), (4, 5, 2), Categorical(4, params="BnC*"), layout="HWC", order=torch.arange(40).view(4, 5, 2)),
+        ShapeError, r"order.*\(4, 5, 2\).*\(4, 5\).*channels first \(2, 4, 5\)",
+    ),
+    "order of fractions": (
+        lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, order=torch.arange(16.0).view(4, 4) + 0.4), ShapeError, "order.*float32.*integers",
+    ),
+    "order as a list": (
+        lambda: fastgen.compile(Plain(), (1, 1, 2), HEAD, order=[[0, 1]]), TypeError, "order is a list.*tensor",  # type: ignore[arg-type]
+    ),
     "order twice": (
         lambda: fastgen.compile(Plain(), (1, 4, 4), HEAD, order=torch.zeros(4, 4, dtype=torch.int64)), ShapeError, "order.*once",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -180,6 +181,28 @@ def test_dtypes_of_the_tables_are_checked() -> None:
                 native().CpuExecutor(
                     {**tables, name: table.astype(np.float64) if table.dtype.names is None else table.tolist()}, 1
                 )
+
+
+def test_a_value_is_drawn_once_in_a_period() -> None:
+    for name in ("order-planes", "order-columns", "order-vector"):
+        tables = tables_of(by_name(name)[0])
+        site, phase = tables["step_site"].copy(), tables["step_phase"].copy()
+        site[-1], phase[-1] = site[0], phase[0]
+        with pytest.raises(ValueError, match=f"phase {phase[0]} of site {site[0]} is drawn twice"):
+            native().CpuExecutor({**tables, "step_site": site, "step_phase": phase}, 1)
+
+
+@pytest.mark.parametrize("name", ["rows", "cols", "steps", "arena", "row_len", "period"])
+@pytest.mark.parametrize("value", [None, 2.5, "3", -1, 2**70, [1]], ids=repr)
+def test_numbers_of_the_tables_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(repr(value))}, expected 0 to"):
+        native().CpuExecutor({**tables_of(by_name("masked-sequential")[0]), name: value}, 1)
+
+
+def test_tables_have_one_axis() -> None:
+    tables = tables_of(by_name("masked-sequential")[0])
+    with pytest.raises(ValueError, match="'step_site' has 2 axes, expected 1"):
+        native().CpuExecutor({**tables, "step_site": tables["step_site"][None]}, 1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,19 @@ from fastgen import NotCausalError, Sampler, UnsupportedError
 from fastgen.backends.request import Request
 from fastgen.backends.team import HostTeamExecutor
 from fastgen.heads import Bernoulli, Categorical, Head, LogisticMixture
+from fastgen.plan.build import LONG
 from tests.cases import Case, randomise
-from tests.oracle import assert_same_samples, compile_case, slow_sample, values_of
+from tests.oracle import (
+    assert_draws_follow,
+    assert_same_samples,
+    at_length,
+    by_name,
+    compile_case,
+    noise_of,
+    parameters,
+    slow_sample,
+    values_of,
+)
 
 SEEDS = 60
 STYLES = ("mul", "cat", "where", "fill", "nested", "stack", "after", "addcmul")
@@ -184,6 +196,37 @@ def test_any_order_is_exact(first: int) -> None:
         assert torch.equal(many[:2], ours) and torch.equal(many[3:], sampler.sample(2, seed=seed, first=3)), case
         exact += 1
     assert exact >= 4, "most of them are planned"
+
+
+@pytest.mark.parametrize("length", [LONG, LONG + 1, LONG + 76])
+def test_long_sequences_keep_their_order(length: int) -> None:
+    """Planned on a shorter sequence they would be drawn in raster order."""
+    backwards = torch.arange(length - 1, -1, -1)
+    case = replace(at_length(by_name("order-backwards")[0], length), order=backwards)
+    sampler = compile_case(case)
+    values = values_of(case, sampler.sample(2, seed=length))
+    truth = parameters(case, case.build().eval(), values, ())
+    assert_draws_follow(case, values, truth, noise_of(case, 2, length))
+    with pytest.raises(NotCausalError, match="depend on the value drawn at step"):
+        compile_case(replace(case, order=backwards.flip(0)))  # forward reads what comes after
+
+
+class Alone(nn.Module):
+    """Of one value, whose mask is zero: nothing comes before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(F.linear(x, self.a.weight * 0, self.a.bias)))
+
+
+@pytest.mark.parametrize("layout", ["T", "D"])
+def test_one_value_that_nothing_leads_to(layout: str) -> None:
+    case = Case("one", lambda: randomise(Alone(), 1), (1,), Bernoulli(), layout=layout)
+    slow, params = slow_sample(case, 8, 3)
+    assert_same_samples(case, values_of(case, compile_case(case, verify=True).sample(8, seed=3)), slow, params, 3)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 20))

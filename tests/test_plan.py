@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import Sampler
+from fastgen import Sampler, VerifyError
 from fastgen.backends import reference
 from fastgen.heads import Categorical
 from fastgen.models import build
@@ -23,7 +24,7 @@ from fastgen.native import native
 from fastgen.plan.plan import classes, plan_stats
 from fastgen.program import records as T
 from fastgen.program.functions import function_codes
-from tests.cases import Case, cases
+from tests.cases import Case, cases, randomise
 from tests.conftest import Compiled
 from tests.oracle import at_length, by_name, compile_case
 
@@ -193,6 +194,39 @@ def test_long_sequences_are_planned_short() -> None:
     assert long.verify().ok
     short = compile_case(at_length(case, 64)).sample(2, seed=3, length=700)
     assert torch.equal(long.sample(2, seed=3, length=700), short)
+
+
+class Ending(nn.Module):
+    """A causal layer with something else at its first and last sites."""
+
+    def __init__(self, mask: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.a, self.out, self.mask = nn.Conv1d(1, 8, 3), nn.Conv1d(8, 3, 1), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.a(F.pad(x, (3, -1))) * self.mask(x.shape[-1])))
+
+
+ENDINGS: dict[str, Callable[[int], Tensor]] = {
+    "the last": lambda n: (torch.arange(n) < n - 1).float(),
+    "the last twenty": lambda n: torch.where(torch.arange(n) < n - 20, 1.0, 0.5),
+    "both ends": lambda n: (torch.arange(n) + 1.0).clamp(max=7) * (n - torch.arange(n)).clamp(max=3),
+}
+
+
+@pytest.mark.parametrize("ends", ENDINGS)
+def test_what_a_sequence_ends_with_goes_with_its_end(ends: str) -> None:
+    head = Categorical(3, encode="symmetric")
+    sampler = fastgen.compile(randomise(Ending(ENDINGS[ends]), 1, 2.0), (1, 100), head, threads=1)
+    for length in (63, 99, 150, 700):
+        report = sampler.verify(length=length)
+        assert report.ok, f"{length}: {report}"
+
+
+def test_what_stays_where_the_compiled_length_ended_is_no_plan_for_others() -> None:
+    net = randomise(Ending(lambda n: (torch.arange(n) < 90).float()), 1, 2.0)
+    with pytest.raises(VerifyError):
+        fastgen.compile(net, (1, 100), Categorical(3, encode="symmetric"))
 
 
 # ---- receptive fields ------------------------------------------------------------------------------------------------

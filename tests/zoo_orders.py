@@ -120,6 +120,22 @@ class Backwards(nn.Module):
         return torch.cat([mean.tanh(), log_scale.clamp(-4, 0)], 1)
 
 
+class PlanesOfTime(nn.Module):
+    """Two series, the one after the other, fed delayed: the second reads all of the first, and itself before."""
+
+    def __init__(self, width: int, n: int) -> None:
+        super().__init__()
+        self.own = nn.ModuleList(nn.Conv1d(1, width, 2) for _ in range(2))
+        self.first, self.out = (
+            nn.Conv1d(1, width, 3, padding=1),
+            nn.ModuleList(nn.Conv1d(width, n, 1) for _ in range(2)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (own(F.pad(x[:, c : c + 1], (1, 0))) for c, own in enumerate(self.own))
+        return torch.stack([self.out[0](torch.tanh(a)), self.out[1](torch.tanh(b + self.first(x[:, :1])))], 2)
+
+
 def turned(columns: bool, seed: int) -> nn.Module:
     net = Turned(8, 2, columns)
     randomise(net, seed)
@@ -165,6 +181,15 @@ CASES = [
         (10,),
         Bernoulli(),
         order=VECTOR,
+    ),
+    Case(
+        "order-planes-next",
+        lambda: randomise(PlanesOfTime(6, 4), 67, 2.0),
+        (2, 9),
+        Categorical(4, encode="symmetric", params="BnC*"),
+        predicts="next",
+        start=2.0,
+        order=torch.arange(18).view(2, 9),
     ),
     Case(
         "order-backwards",

@@ -20,13 +20,12 @@ from fastgen.backends.request import Request
 from fastgen.capture.dispatch import COMPUTES, METADATA_OPS
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, eval_mode, plain, refused
-from fastgen.graph.node import Graph
+from fastgen.graph.node import Graph, Point
 from fastgen.graph.sources import CondNode
 from fastgen.program.pack import grown
 from fastgen.program.records import Program
 from fastgen.spec import Spec
 
-Point = tuple[str, str, int, int]
 Shapes = dict[tuple[str, str, int], Any]  # what a skipped operation gives, on the meta device; by layer, name and call
 REMEMBERED = 256  # samples' conditioning (labels come again), each of at most
 SMALL = 1 << 20  # numbers

@@ -141,6 +141,8 @@ def choose_labels(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     dyn = ids >= 0
     keep = dyn.any(0)
+    if not bool(keep.any()):
+        return keep, keep.long(), keep.long()
     order = torch.argsort(dyn.sum(1), descending=True, stable=True).tolist()
     lead = order[0]
     known = dyn[lead].clone()

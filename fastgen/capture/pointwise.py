@@ -1,4 +1,4 @@
-"""Pointwise rules: maps, embeddings (and one-hot, which is one), channel-wise reductions.
+"""Pointwise rules: maps.
 
 The elements of a result are laid out as lanes (channels) x columns (sites), labelled with the sites of their operands,
 and every operand is fitted to an affine reference from there.
@@ -187,29 +187,41 @@ def _emit(
         values = [order.split(t.detach().expand(shape)) for t in tensors]
         if not bool(keep.all()):
             ids, values, i, j = [t[:, keep] for t in ids], [v[:, keep] for v in values], i[keep], j[keep]
-        if not _clash(i << 20 | j, ids, values):
+        where = [
+            _positions(order, t, keep) if bool((own == COND).any()) else None
+            for t, own in zip(tensors, ids, strict=True)
+        ]
+        if not _clash(i << 20 | j, ids, values, where):
             break
     else:
         raise Irregular("elements of one site differ in what is done to them")
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
     pieces = [
-        _pieces(tr, t, own, value, order, keep, (i, j), grid)
-        for t, own, value in zip(tensors, ids, values, strict=True)
+        _pieces(tr, t, own, value, position, (i, j), grid)
+        for t, own, value, position in zip(tensors, ids, values, where, strict=True)
     ]
     node = tr.add(MapNode, op, order.lanes, grid, fn=fn, operands=pieces, imm=imm)
     return order.join(_column_ids(node.index, order, keep, i, j))
 
 
-def _clash(label: Tensor, ids: list[Tensor], values: list[Tensor]) -> bool:
-    """Whether columns with the same label [S] differ: in an id [L, S] of an operand, or in the value of a constant."""
+def _positions(order: LaneOrder, t: Tensor, keep: Tensor) -> Tensor:
+    """Where in t the elements of an operand are: flat positions [L, S]."""
+    return order.split(torch.arange(t.numel()).view(t.shape).expand(order.shape))[:, keep]
+
+
+def _clash(label: Tensor, ids: list[Tensor], values: list[Tensor], where: list[Tensor | None]) -> bool:
+    """Whether columns with the same label [S] differ: in an id [L, S] of an operand, in the value of a constant, or in
+    where conditioning is read."""
     label, order = label.sort(stable=True)
     same = label[1:] == label[:-1]
     if not bool(same.any()):
         return False
     a, b = order[:-1][same], order[1:][same]
-    for own, value in zip(ids, values, strict=True):
+    for own, value, position in zip(ids, values, where, strict=True):
         differ = own[:, a] != own[:, b]
         differ |= (own[:, a] == CONST) & (value[:, a] != value[:, b])
+        if position is not None:
+            differ |= (own[:, a] == COND) & (position[:, a] != position[:, b])
         if bool(differ.any()):
             return True
     return False
@@ -229,8 +241,7 @@ def _pieces(
     t: Tensor,
     ids: Tensor,
     values: Tensor,
-    order: LaneOrder,
-    keep: Tensor,
+    position: Tensor | None,
     at: tuple[Tensor, Tensor],
     grid: Pair,
 ) -> list[Piece]:
@@ -239,9 +250,8 @@ def _pieces(
     groups, constant = fit(ids, i, j)
     lanes = [k for k in constant if bool((ids[k] == COND).any())]
     pieces = pieces_of(groups, [k for k in constant if k not in set(lanes)], values, i, j, grid)
-    if lanes:
-        position = order.split(torch.arange(t.numel()).view(t.shape).expand(order.shape))[lanes][:, keep]
-        pieces += _conditioning(tr, t, position, lanes, i, j, grid)
+    if lanes and position is not None:
+        pieces += _conditioning(tr, t, position[lanes], lanes, i, j, grid)
     return sorted(pieces, key=lambda p: p.lo)
 
 

@@ -16,7 +16,7 @@ from fastgen.capture.ids import MAX_CHANNELS, MAX_COLS, MAX_NODES, MAX_ROWS, pac
 from fastgen.capture.shadow import ShadowMemory
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath
-from fastgen.graph.node import Node
+from fastgen.graph.node import Node, Point
 from fastgen.graph.refs import Pair
 from fastgen.graph.sources import CondNode, OpaqueNode
 
@@ -28,7 +28,7 @@ class Tracer(ShadowMemory):
         super().__init__()
         self.path, self.data_grid = path, data_grid
         self.nodes: list[Node] = []
-        self.points: list[tuple[str, str, int, int]] = []
+        self.points: list[Point] = []
         self.notes: list[str] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.depth = 0  # of decompositions

@@ -111,13 +111,14 @@ class Node(ABC):
         """Drops the reads of units that are never computed: they are outside their bounds everywhere."""
 
 
+Point = tuple[str, str, int, int]  # module path, aten op, which call of it there, which argument
+
+
 @dataclass
 class Graph:
     """What capture hands to the planner: nodes in order of execution; `params[f]` is the node with phase f's parameters."""
 
     nodes: list[Node]
     params: list[int]
-    points: list[
-        tuple[str, str, int, int]
-    ]  # where conditioning is read: (module path, aten op, which call of it, argument)
+    points: list[Point]  # where conditioning is read
     notes: list[str]

@@ -30,9 +30,8 @@ CHUNK = 8
 LONG = 1024  # sequences longer than this are planned on a shorter one: its schedule repeats, and planning is cheap
 SHORT = 64  # sequences shorter than this are planned like images, step by step: they hold no period to repeat
 
-MOST_VALUES = (
-    256  # a site: each may need units and taps of its own for every other, 10 s of planning for a full triangle
-)
+# Of a site: each may need units and taps of its own for every other, 10 s of planning for a full triangle.
+MOST_VALUES = 256
 
 
 @contextlib.contextmanager
@@ -54,7 +53,8 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
     """
     began = time.perf_counter()
     planned = spec
-    if spec.sequence and spec.sites[0] > LONG and not any(isinstance(c, Tensor) for c in cond):
+    any_length = spec.sequence and spec.order is None and not any(isinstance(c, Tensor) for c in cond)
+    if any_length and spec.sites[0] > LONG:
         planned = spec.at_length(LONG)
     while True:
         try:

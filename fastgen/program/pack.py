@@ -222,12 +222,17 @@ class Packer:
 
 
 def _stretch(values: Tensor, cols: int) -> Tensor:
-    """A per-site constant of a sequence at another length: its middle value repeats."""
+    """A per-site constant [C, 1, n] of a sequence at another length: its middle value repeats.
+
+    What differs at the beginning stays there and what differs at the end goes with it, at most a quarter of the
+    columns each, as the effects of a layer's borders do. Raises UnsupportedError for all else.
+    """
     n = values.shape[2]
-    middle = values[:, :, n // 4 : 3 * n // 4]
-    if not bool((middle == middle[:, :, :1]).all()):
+    differs = (values != values[:, :, n // 2 : n // 2 + 1]).any(0)[0].nonzero()[:, 0]
+    first, last = differs[differs < n // 2], differs[differs >= n // 2]
+    head = int(first[-1]) + 1 if len(first) else 0
+    tail = n - int(last[0]) if len(last) else 0
+    if max(head, tail) > n // 4 or (tail and cols < head + tail):
         raise UnsupportedError("a constant varies along the sequence, so the plan holds for the compiled length only")
-    if cols <= n // 2:
-        return values[:, :, :cols].contiguous()
-    fill = middle[:, :, :1].expand(-1, -1, cols - n // 2)
-    return torch.cat([values[:, :, : n // 2], fill], 2)
+    fill = values[:, :, n // 2 : n // 2 + 1].expand(-1, -1, max(0, cols - head - tail))
+    return torch.cat([values[:, :, : min(head, cols)], fill, values[:, :, n - tail :]], 2)
