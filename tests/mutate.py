@@ -124,7 +124,6 @@ def main(name: str, seed: int = 0, count: int = 300) -> None:
     sampler = compile_case(case)
     program = sampler.programs(None)
     tables = program.tables()
-    tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
     cond = [c.numpy() for c in sampler.executor.conditioning.sources(program, Request(2, 0, cond=case.conds(2)))]  # type: ignore[attr-defined]
     rng = np.random.default_rng(seed)
     refused = ran = 0

@@ -47,6 +47,19 @@ def copies_scaled(m: Any, h: Tensor, label: Tensor) -> Tensor:
     return (copies * m.table[label][:, :3, None, None]).sum(1)
 
 
+def filled(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """Channel 1 filled with a number of the first label."""
+    h = h.clone()
+    h[:, 1].fill_(m.table[label][0, 0])
+    return h
+
+
+def zeroed(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    h = h + m.table[label][:, :, None]
+    h[:, 1:3].zero_()
+    return h
+
+
 FROZEN: dict[str, Callable[..., Tensor]] = {
     "bias of a convolution": lambda m, h, c: F.conv1d(h, torch.eye(WIDTH)[:, :, None], m.table[c][0]),
     "weight of a convolution": lambda m, h, c: F.conv1d(h, m.many[c][0][:, :, None]),
@@ -70,6 +83,15 @@ FOLLOWED: dict[str, Callable[..., Tensor]] = {
     "gate": lambda m, h, c: h * torch.sigmoid(m.table[c])[:, :, None],
     "one-hot experts": lambda m, h, c: (torch.stack([h, -h, 2 * h, h * h], 1) * F.one_hot(c, CLASSES)[:, :, None, None]).sum(1),
     "shifted copies": copies_scaled,
+    "a patch": lambda m, h, c: torch.slice_scatter(h, m.table[c][:, :2, None].expand(-1, -1, h.shape[2]), 1, 1, 3),
+    "a channel": lambda m, h, c: torch.select_scatter(h, m.table[c][:, :1].expand(-1, h.shape[2]), 1, 2),
+    "filled in place": filled,
+    "filled aside": lambda m, h, c: h + filled(m, torch.zeros_like(h), c),
+    "zeroed in place": zeroed,
+    "truncated by a copy": lambda m, h, c: torch.zeros(h.shape, dtype=torch.int64).copy_(3 * h) + h * m.table[c][:, :, None],
+    "sampled values patched": lambda m, h, c: torch.slice_scatter(h, h[:, :2] * m.table[c][:, :2, None], 1, 3, 5),
+    "times a fresh tensor": lambda m, h, c: h + torch.full_like(h, 2.0) * m.table[c][:, :, None],
+    "times new ones": lambda m, h, c: h + h.new_ones(1, WIDTH, 1) * m.table[c][:, :, None],
     "branch": lambda m, h, c: torch.where((c == 1)[:, None, None], h, -h),
 }  # fmt: skip
 

@@ -166,9 +166,7 @@ def test_threads_end_with_their_sampler() -> None:
 
 # ---- malformed tables ------------------------------------------------------------------------------------------------
 def tables_of(case: Case) -> dict[str, Any]:
-    tables = compile_case(case).programs(None).tables()
-    tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
-    return tables
+    return compile_case(case).programs(None).tables()
 
 
 def test_dtypes_of_the_tables_are_checked() -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.backends.request import Request
-from fastgen.capture.dispatch import COMPUTES, METADATA_OPS
+from fastgen.capture.dispatch import COMPUTES, FRESH_OPS, METADATA_OPS
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, eval_mode, plain, refused
 from fastgen.graph.node import Graph, Point
@@ -71,7 +71,7 @@ class _Collector(TorchDispatchMode):
             out = tree_map(_empty, self.shapes[made])
         else:
             out = func(*args, **kwargs)
-        if sampled and name not in METADATA_OPS:
+        if sampled and name not in METADATA_OPS and name not in FRESH_OPS:
             for t in [*tree_leaves(out), *(args[:1] if func._schema.is_mutable else ())]:
                 if isinstance(t, Tensor):
                     self.sampled.add(t.untyped_storage()._cdata)

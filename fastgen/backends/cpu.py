@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +53,6 @@ class CpuExecutor(Executor):
             if len(self._engines) >= 2:
                 self._engines.pop(next(iter(self._engines)))
             tables = self.programs(length, self.dtype).tables()
-            tables["head"] = np.ascontiguousarray(tables["head"]).reshape(1)
             self._engines[length] = self._native.CpuExecutor(tables, self.threads, self.isa)
         return self._engines[length]
 

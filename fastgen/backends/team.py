@@ -61,9 +61,7 @@ class TeamExecutor(Executor):
             if len(self._lowered) >= 2:
                 self._lowered.pop(next(iter(self._lowered)))
             program = self.programs(length)
-            tables = program.tables()
-            tables["head"] = tables["head"].reshape(1)
-            block, info = self._native.lower(tables, self.precision, self.shared_bytes)
+            block, info = self._native.lower(program.tables(), self.precision, self.shared_bytes)
             self._lowered[length] = Lowered(
                 program, torch.from_numpy(block).to(self.device), info["arena"], info["stages"], info["column_stages"]
             )

@@ -22,7 +22,7 @@ from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, CONST
 from fastgen.capture.linear import LINEAR
 from fastgen.capture.lookup import LOOKUP, index
-from fastgen.capture.moves import MOVEMENT
+from fastgen.capture.moves import MOVEMENT, PATCHES, cast
 from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE, pointwise
 from fastgen.capture.shadow import Ids
@@ -34,6 +34,7 @@ Rule = Callable[[Tracer, Any, Tensor, tuple[Any, ...], dict[str, Any]], Ids]
 METADATA_OPS = frozenset(
     ["transpose_", "t_", "squeeze_", "unsqueeze_", "detach_", "swapaxes_", "swapdims_", "as_strided_", "set_", "resize_"]
 )  # fmt: skip
+# Of their arguments they take the shape alone.
 FRESH_OPS = frozenset(
     ["new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like",
      "empty_like", "rand_like", "randn_like"]
@@ -50,7 +51,8 @@ REFUSED = {
 # would be taken for a constant. (Matrix products and sums refuse by themselves, saying what they cannot mix.)
 ANY = range(16)
 CONDITIONAL: dict[str, Iterable[int]] = {
-    **dict.fromkeys(MOVEMENT, (0,)), **dict.fromkeys(LINEAR, ANY), **dict.fromkeys(POINTWISE, ANY),
+    **dict.fromkeys(MOVEMENT, (0,)), **dict.fromkeys(PATCHES, (0, 1)),
+    **dict.fromkeys(LINEAR, ANY), **dict.fromkeys(POINTWISE, ANY),
     **dict.fromkeys(["convolution", "index", "glu", "log_sigmoid_forward", "native_layer_norm", "native_batch_norm",
                      "_native_batch_norm_legit_no_training", "cudnn_batch_norm"], (0,)),
 }  # fmt: skip
@@ -131,11 +133,11 @@ class Dispatcher(TorchDispatchMode):
         tr = self.tracer
         target: Tensor = args[0] if "out" not in kwargs else kwargs["out"]
         base = name[:-1] if name.endswith("_") else name
-        if base in ("zero", "fill") and not (isinstance(args[-1], Tensor) and tr.dynamic(args[-1])):
+        if base == "zero" or (base == "fill" and not isinstance(args[1], Tensor)):
             ids: Ids = torch.full(target.shape, CONST)
-        elif dynamic and base == "copy":
-            ids = tr.ids(args[1]).expand(target.shape).clone()
-            if conditional and bool((ids == COND).any()):
+        elif dynamic and base in ("copy", "fill"):
+            ids = cast(tr, func, target, (args[1].expand(target.shape),), {})
+            if conditional and isinstance(ids, Tensor) and bool((ids == COND).any()):
                 tr.notes.append(f"{tr.path.current}: conditioning copied into a sampled tensor")
         elif dynamic:
             ids = self._apply(RULES.get(base), func, base, target, args, kwargs)

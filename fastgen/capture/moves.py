@@ -26,8 +26,10 @@ MOVES = frozenset(
     ["repeat", "roll", "flip", "index_select", "tril", "triu", "repeat_interleave", "im2col", "upsample_nearest1d",
      "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "pixel_shuffle",
      "pixel_unshuffle", "channel_shuffle", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
-     "replication_pad2d", "unfold_copy", "diagonal_copy", "rot90", "gather", "slice_scatter", "select_scatter"]
+     "replication_pad2d", "unfold_copy", "diagonal_copy", "rot90", "gather"]
 )  # fmt: skip
+
+PATCHES = frozenset(["slice_scatter", "select_scatter", "diagonal_scatter"])
 
 
 def same(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
@@ -72,6 +74,12 @@ def join(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     return result
 
 
+def patch(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """The second argument in the place of a part of the first."""
+    result: Tensor = func(tr.ids(args[0]), tr.ids(args[1]), *args[2:], **kwargs)
+    return result
+
+
 def cast(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """Casts keep the value, except float to integer, which truncates."""
     if args[0].dtype.is_floating_point and not out.dtype.is_floating_point:
@@ -80,6 +88,6 @@ def cast(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
 
 
 MOVEMENT: dict[str, Callable[..., Ids]] = {
-    **dict.fromkeys(IDENTITY, same), **dict.fromkeys(MOVES, move),
+    **dict.fromkeys(IDENTITY, same), **dict.fromkeys(MOVES, move), **dict.fromkeys(PATCHES, patch),
     "cat": join, "stack": join, "_to_copy": cast, "to": cast, "constant_pad_nd": pad,
 }  # fmt: skip

@@ -100,7 +100,7 @@ def extremum(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tens
     """amax, amin over channels."""
     x = args[0]
     dims = args[1] if len(args) > 1 else kwargs.get("dim", [])
-    dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
+    dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))]
     kept = [d for d in range(x.dim()) if d not in dims]
     count = math.prod([x.shape[d] for d in dims])
     ids = tr.ids(x).permute(dims + kept).reshape(count, -1)

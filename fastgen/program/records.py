@@ -151,4 +151,5 @@ class Program:
 
     def tables(self) -> dict[str, Any]:
         """As the native executors take it."""
-        return {k: v for k, v in self.__dict__.items() if k != "cond"}
+        tables = {k: v for k, v in self.__dict__.items() if k != "cond"}
+        return {**tables, "head": self.head.reshape(1)}
