@@ -1,6 +1,6 @@
 # Everything from a fresh machine: Python >= 3.11 with venv, make and a C++ compiler are all that must be there.
 #   make sample    install, build, and draw images with the shipped model to samples.png
-#   make test      install, build, run the tests              (ARGS="-k wavenet" goes to pytest)
+#   make test      install, build, run the tests              (ARGS="-k wavenet" goes to pytest; JOBS=0 in one process)
 #   make test-without-cuda   the extension as it is built without nvcc, in a folder of its own, and its tests
 #   make lint      ruff, mypy, clang-format                   (make format applies the formatters)
 #   make sanitize  the C++ tests under address, undefined-behaviour and thread sanitizers
@@ -10,6 +10,8 @@ VENV   ?= .venv
 # Any torch >= 2.11 serves; this one is pinned so that two machines test the same thing.
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+# Processes that test side by side, a file of tests in one; each loads torch.
+JOBS   ?= auto
 
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
@@ -48,7 +50,7 @@ sample: build
 
 test: build
 	$(call say,testing)
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Not optimised: it is compiled in half the time, and the tests that it is for take seconds.
 test-without-cuda: $(VENV)/.built

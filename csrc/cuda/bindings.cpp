@@ -120,7 +120,7 @@ void bind(py::module_& m) {
   py::register_exception<Lost>(m, "LostPartner", PyExc_RuntimeError);
   py::register_exception<NeverEnded>(m, "NeverEnded", PyExc_RuntimeError);
   m.def("lower", &lower_tables, py::arg("tables"), py::arg("precision"), py::arg("shared_bytes"),
-        "-> (block [bytes] uint8, {arena, stages, column_stages, weight_bytes}); see csrc/cuda/lowered.h.");
+        "-> (block [bytes] uint8, {arena, stages, column_stages, weight_bytes}); see csrc/team/lowered.h.");
   m.def("run_on_host", &run_host, py::arg("launch"), py::arg("ranks"), py::arg("warps"),
         "Runs a launch on teams of host threads; addresses are of host memory.");
   m.def("choose_rung", &rung, py::arg("limits"), py::arg("slots"), py::arg("team") = "auto",
