@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "checksum.h"
 #include "cpu/executor.h"
 #include "cpu/machine.h"
 #include "functions.h"
@@ -225,6 +226,11 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   m.def("isas", &supported_isas, "Instruction sets this machine runs, slowest first.");
   m.def("cpu_isa", [] { return supported_isas().back(); }, "The best of isas().");
+  m.def(
+      "checksum",
+      [](uintptr_t address, int64_t bytes) { return checksum(reinterpret_cast<const uint8_t*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
+      "64 bits of so many bytes of this process's memory: other values, or the same ones elsewhere, give others.");
   m.def("functions", &functions, "(name, code, operands) of every function of functions.def.");
   m.def("dtypes", &dtypes, "Structured dtypes of the table records, by name of the C struct.");
   m.def("draw", &draw, py::arg("head"), py::arg("params"), py::arg("uniforms"), py::arg("temperature") = 1.0f,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen.backends.cuda import TEAMS
 from fastgen.backends.registry import BACKENDS, EXECUTORS
 from fastgen.backends.request import Request
-from fastgen.checks import MOST_THREADS, whole_number
+from fastgen.checks import MOST_THREADS, own_copy, whole_number
 from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError, VerifyError
 from fastgen.forward import device_of
 from fastgen.heads import HEADS, Head
@@ -19,12 +19,14 @@ from fastgen.placement import placed
 from fastgen.sampler import Sampler
 from fastgen.spec import Spec
 from fastgen.verify import diagnose
+from fastgen.view import neutral
 
 COMPILE_OPTIONS = (
     "shape", "head", "layout", "order", "predicts", "start", "device", "dtype", "backend", "threads", "team", "verify",
 )  # fmt: skip
 
 
+@neutral()
 def compile(
     model: nn.Module,
     shape: tuple[int, ...] | None = None,
@@ -81,7 +83,7 @@ def compile(
     for k, c in enumerate(cond):
         if isinstance(c, Tensor) and c.dim() and c.shape[0] != 1:
             raise ShapeError(f"cond[{k}] has shape {tuple(c.shape)}; expected an example of batch 1")
-    cond = tuple(c.cpu() if isinstance(c, Tensor) else c for c in cond)
+    cond = tuple(own_copy(c, k) for k, c in enumerate(cond))
     known: dict[str, Any] = {k: getattr(model, k, None) for k in ("layout", "predicts", "start")}
     layout, predicts = layout or known["layout"] or "", predicts or known["predicts"] or "same"
     spec = Spec(tuple(shape), head, layout, predicts, known["start"] if start is None else start, order)

@@ -67,6 +67,20 @@ def scored_values(spec: Spec, x: Any) -> Tensor:
     return values
 
 
+def own_copy(c: Any, k: int) -> Any:
+    """The k-th conditioning input, on the CPU and apart from the caller's memory and history. Raises ValueError."""
+    if not isinstance(c, Tensor):
+        return c
+    c = c.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if c.is_floating_point() or c.is_complex():
+        bad = int((~c.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"cond[{k}] {tuple(c.shape)} holds {bad} values that are NaN or infinite; expected finite ones"
+            )
+    return c
+
+
 def conditioning_of(example: tuple[Any, ...], cond: tuple[Any, ...] | None, n: int, sequence: bool) -> tuple[Any, ...]:
     """Conditioning at batch n, checked against the example of compile; None is the example itself.
 
@@ -85,7 +99,7 @@ def conditioning_of(example: tuple[Any, ...], cond: tuple[Any, ...] | None, n: i
         if not isinstance(c, Tensor) or c.dtype != e.dtype or c.dim() != e.dim():
             given = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
             raise ShapeError(f"cond[{k}] is {given}; expected {e.dtype} [{n}, {', '.join(map(str, e.shape[1:]))}]")
-        c = c.cpu()
+        c = own_copy(c, k)
         fixed = list(range(1, e.dim() - 1 if sequence else e.dim()))
         if e.dim() and (c.shape[0] not in (1, n) or any(c.shape[a] != e.shape[a] for a in fixed)):
             raise ShapeError(

@@ -1,14 +1,26 @@
-"""Weights: are they finite, and are they still those that a sampler was compiled with?"""
+"""Weights: are they finite, and is everything that forward may read still what a sampler was compiled with?"""
 
 from __future__ import annotations
 
-import zlib
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import FastgenError
+from fastgen.native import native
+from fastgen.view import CONTAINERS, SIMPLE
+
+# Of a module's own attributes, what has no say in what forward gives.
+ASIDE = frozenset(
+    ["training", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks",
+     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"]
+)  # fmt: skip
+MISSING = object()
+Place = tuple[str, Any]  # the name of a holder of values, and a key in it
 
 
 def check_finite(model: nn.Module) -> None:
@@ -27,56 +39,121 @@ def check_finite(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a tensor of weights was: where it lay, its version, a quick sum of its bits and a checksum of its bytes."""
+    """What a tensor was: its shape, its type, and a checksum of its bytes in their order."""
 
     shape: tuple[int, ...]
-    place: tuple[int, int]
+    dtype: torch.dtype
     total: int
-    checksum: int
+
+    @staticmethod
+    def of(t: Tensor) -> Mark:
+        """The mark of a tensor as it is now: one read of it."""
+        t = t.detach()
+        return Mark(tuple(t.shape), t.dtype, _checksum(t))
 
 
-def fingerprint(model: nn.Module) -> dict[str, Mark]:
-    """A mark for every parameter and buffer."""
-    return {name: Mark(tuple(t.shape), _place(t), _total(t), _checksum(t)) for name, t in _weights(model)}
+@dataclass(frozen=True)
+class Holder:
+    """Something that holds values by key: a module's or an object's attributes, a list, a dictionary."""
+
+    name: str
+    box: Any
+    values: dict[Any, Any]  # as they were
+
+    def now(self) -> dict[Any, Any]:
+        """The values as they are."""
+        return _values(self.box)
+
+    def path(self, key: Any) -> str:
+        """What a person would call a value."""
+        hidden = ("_parameters", "_buffers", "_modules")
+        parts = [p for p in self.name.split(".") if p and p not in hidden]
+        if parts and parts[-1].startswith("_forward"):
+            return f"a hook of {'.'.join(parts[:-1]) or 'the module'}"
+        name = ".".join(parts)
+        return f"{name}[{key}]" if isinstance(key, int) else ".".join([*parts, *([] if key in hidden else [str(key)])])
 
 
-def changed(model: nn.Module, marks: dict[str, Mark]) -> str | None:
-    """The first parameter or buffer that is not what it was, if any.
+class Fingerprint:
+    """Everything that a module's forward may read: parameters, buffers, tensors, numbers and strings among the attributes
+    of its modules, wherever those are kept (lists and dictionaries included), and which hooks they have."""
 
-    A tensor that torch has not seen change is checked by its sum alone, which costs one read of the weights; `.data`
-    writes do not tell torch, and are found by that.
-    """
-    for name, t in _weights(model):
-        mark = marks.get(name)
-        if mark is None or tuple(t.shape) != mark.shape:
-            return name
-        if _place(t) == mark.place:
-            if _total(t) != mark.total:
-                return name
-        elif _checksum(t) != mark.checksum:
-            return name
-    return None
+    def __init__(self, model: nn.Module) -> None:
+        self.holders = list(_holders(model))
+        self.marks: dict[Place, Mark] = {}
+        for h in self.holders:
+            for key, value in h.values.items():
+                if isinstance(value, Tensor):
+                    self.marks[h.name, key] = Mark.of(value)
+
+    def changed(self, aside: frozenset[Place] | set[Place] = frozenset()) -> Iterator[tuple[Place, str]]:
+        """Each place that is not what it was, and its name; places `aside` are not looked at."""
+        for h in self.holders:
+            now = h.now()
+            for key in {**h.values, **now}:
+                place = (h.name, key)
+                if place in aside:
+                    continue
+                if self._differs(place, h.values.get(key, MISSING), now.get(key, MISSING)):
+                    yield place, h.path(key)
+
+    def _differs(self, place: Place, was: Any, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return self.marks.get(place) != Mark.of(value)
+        if value is was:
+            return False
+        return not (isinstance(was, SIMPLE) and type(value) is type(was) and value == was)
 
 
-def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, t.detach()) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+def _holders(root: nn.Module) -> Iterator[Holder]:
+    """Holders in a fixed order, each once: modules, containers, and the objects that modules hold."""
+    seen: set[int] = set()
+    todo: list[tuple[str, Any, int]] = [("", root, 0)]
+    while todo:
+        name, box, depth = todo.pop()
+        if id(box) in seen:
+            continue
+        seen.add(id(box))
+        held = Holder(name, box, _values(box))
+        yield held
+        for key, value in held.values.items():
+            child = held.path(key) if isinstance(key, int) else f"{name}.{key}".lstrip(".")
+            if isinstance(value, types.MethodType):
+                value = value.__self__
+            if isinstance(value, nn.Module):
+                todo.append((child, value, 0))
+            elif isinstance(value, CONTAINERS):
+                todo.append((child, value, depth))
+            elif depth == 0 and _plain_object(value):
+                todo.append((child, value, depth + 1))
 
 
-def _place(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), 0 if t.is_inference() else t._version
+def _plain_object(value: Any) -> bool:
+    known = ("torch", "builtins", "numpy", "functools", "types", "collections", "weakref", "threading", "_thread")
+    return isinstance(getattr(value, "__dict__", None), dict) and not (
+        isinstance(value, Tensor | type | types.ModuleType | types.FunctionType)
+        or type(value).__module__.split(".")[0] in known
+    )
 
 
-def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _total(t: Tensor) -> int:
-    """Sum of the bits as integers, eight bytes at a time."""
-    raw = _bytes(t)
-    whole = raw.numel() // 8 * 8
-    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
+def _values(box: Any) -> dict[Any, Any]:
+    if isinstance(box, dict):
+        return dict(box)
+    if isinstance(box, CONTAINERS):
+        return dict(enumerate(box))
+    if isinstance(box, nn.Module):
+        return {k: v for k, v in vars(box).items() if k not in ASIDE}
+    return dict(vars(box))
 
 
 def _checksum(t: Tensor) -> int:
-    """CRC-32 of the bytes: a swap of two rows changes it too."""
-    return zlib.crc32(_bytes(t).cpu().numpy().data) if t.numel() else 0
+    raw = t.contiguous()
+    if raw.device.type == "cpu" and raw.layout == torch.strided and type(raw) in (Tensor, nn.Parameter):
+        return int(native().checksum(raw.data_ptr(), raw.numel() * raw.element_size()))
+    # Of a device: sums of the rows and of the columns of its words, weighed by where they are.
+    words = raw.reshape(-1).view(torch.uint8).long()
+    width = max(1, int(words.numel() ** 0.5))
+    words = torch.nn.functional.pad(words, (0, -words.numel() % width)).view(-1, width)
+    down, across = words.sum(0), words.sum(1)
+    odd = [torch.arange(len(s), device=s.device) * 2 + 1 for s in (down, across)]
+    return int((down * odd[0]).sum()) * 0x9E3779B1 + int((across * odd[1]).sum())

@@ -1,4 +1,4 @@
-"""Calling a person's forward: in eval mode, on copies, with the path of the layer that runs, and with errors that name it."""
+"""Calling a person's forward: on copies, with the path of the layer that runs, and with errors that name it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class ModulePath:
-    """Keeps the dotted path of the module whose forward is running."""
+    """The dotted path of the module of a private view (view.py) whose forward this thread is running."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names = {id(m): n or type(m).__name__ for n, m in model.named_modules()}
+    _running = threading.local()
+
+    def __init__(self) -> None:
         self.stack: list[str] = []
 
     @property
@@ -34,38 +35,30 @@ class ModulePath:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks the forward of every module that this thread runs, for the duration."""
-        hooks = nn.modules.module
-        here = threading.get_ident()
-
-        def enter(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() == here:
-                self.stack.append(self.names.get(id(module), type(module).__name__))
-
-        def leave(module: nn.Module, args: Any, result: Any) -> None:
-            if threading.get_ident() == here:
-                self.stack.pop()
-
-        pre = hooks.register_module_forward_pre_hook(enter)
-        post = hooks.register_module_forward_hook(leave, always_call=True)
+        """Follows this thread for the duration."""
+        before = getattr(self._running, "path", None)
+        self._running.path = self
         try:
             yield
         finally:
-            pre.remove()
-            post.remove()
+            self._running.path = before
 
+    @classmethod
+    def follow(cls, module: nn.Module, name: str) -> None:
+        """Has a module say when its forward begins and ends, whoever watches then."""
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients (nor inference mode, which hides operations from capture), restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
+        def enter(module: nn.Module, args: Any) -> None:
+            path = getattr(cls._running, "path", None)
+            if path is not None:
+                path.stack.append(name)
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
+            path = getattr(cls._running, "path", None)
+            if path is not None:
+                path.stack.pop()
+
+        module.register_forward_pre_hook(enter, prepend=True)
+        module.register_forward_hook(leave, always_call=True)
 
 
 def plain(t: Any) -> Any:

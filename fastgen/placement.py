@@ -26,17 +26,31 @@ def placed(model: nn.Module, device: str | torch.device | None, backend: str) ->
     return EXECUTORS[backend].place(at), backend
 
 
-def on_cpu(model: nn.Module) -> nn.Module:
-    """The module itself if it is on the CPU, else a copy there."""
-    return model if device_of(model).type == "cpu" else copy_to_cpu(model)
+def on_cpu(view: nn.Module) -> nn.Module:
+    """A private view itself if it is on the CPU, else a copy there."""
+    return view if device_of(view).type == "cpu" else copied(view).cpu()
 
 
-def copy_to_cpu(model: nn.Module) -> nn.Module:
-    """A copy on the CPU. Tensors that are plain attributes (masks, what hooks compute) come along, detached: `deepcopy`
+def in_float32(view: nn.Module) -> tuple[nn.Module, str]:
+    """A private view itself if its parameters are float32, else a copy that is; and what they were, "" if that."""
+    kinds = {p.dtype for p in view.parameters() if p.is_floating_point()} - {torch.float32}
+    if not kinds:
+        return view, ""
+    made = copied(view).float()
+    for module in made.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dtype in kinds:
+                vars(module)[name] = value.float()
+    return made, " and ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
+
+
+def copied(view: nn.Module) -> nn.Module:
+    """Tensors that are plain attributes (masks, what hooks compute) come along, detached and on the CPU: `deepcopy`
     refuses those with a history, and `Module.cpu` leaves them where they are."""
     memo: dict[int, Tensor] = {}
-    for module in model.modules():
+    elsewhere = device_of(view).type != "cpu"
+    for module in view.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                memo[id(value)] = value.detach().cpu().clone()
-    return copy.deepcopy(model, memo).cpu()
+                memo[id(value)] = value.detach().cpu().clone() if elsewhere else value.detach().clone()
+    return copy.deepcopy(view, memo)

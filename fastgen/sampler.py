@@ -15,9 +15,9 @@ from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import conditioning_of, known_values, scored_values, temperature_of, whole_number
 from fastgen.errors import ModelChangedError
-from fastgen.fingerprint import changed, check_finite, fingerprint
+from fastgen.fingerprint import Fingerprint, check_finite
 from fastgen.likelihood import bits_per_dim, log_prob
-from fastgen.placement import on_cpu
+from fastgen.placement import in_float32, on_cpu
 from fastgen.plan.build import build_plan
 from fastgen.plan.plan import Plan
 from fastgen.program.programs import Programs
@@ -26,6 +26,7 @@ from fastgen.rng import seed_of
 from fastgen.spec import Spec
 from fastgen.stream import stream
 from fastgen.verify import VerifyReport, verify
+from fastgen.view import neutral, private_view, unwrapped
 
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
 
@@ -51,22 +52,29 @@ class Sampler:
         self._threads, self._device, self._team = threads, device, team
         self.refresh()
 
+    @neutral()
     def refresh(self) -> None:
         """Plans again with the module's present weights."""
         check_finite(self.model)
+        self.view, kinds = in_float32(private_view(self.model))
         # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
-        model = self.on_cpu = on_cpu(self.model)
+        model = self.on_cpu = on_cpu(self.view)
+        before = Fingerprint(model)
         self.plan: Plan = build_plan(model, self.spec, self.example)
+        # What forward itself writes (counters, caches) is not the person's to change; weights that it masks are.
+        self._aside = {place for place, _ in before.changed() if not place[0].endswith("_parameters")}
+        if kinds:
+            self.plan.notes["weights"] = f"{kinds}, computed in float32"
         self.spec = replace(self.spec, head=self.plan.spec.head, layout=self.plan.spec.layout)
         self.programs = Programs(self.plan)
         self.conditioning = Conditioning(model, self.plan.spec, self.plan.graph)
         setting = Setting(
-            self.model, self.spec, self.programs, self.conditioning, self.dtype, self._device, self._threads, self._team
+            self.view, self.spec, self.programs, self.conditioning, self.dtype, self._device, self._threads, self._team
         )
         self.executor: Executor = EXECUTORS[self.backend].make(setting)
         if self.executor.describe():
             self.plan.notes[self.executor.name] = self.executor.describe()
-        self._marks = fingerprint(self.model)
+        self._marks = Fingerprint(unwrapped(self.model))
 
     @property
     def any_length(self) -> bool:
@@ -78,6 +86,7 @@ class Sampler:
         """Extent of the inputs that one output sees: (rows, columns), or (length,) for sequences."""
         return self.plan.receptive_field
 
+    @neutral()
     def sample(
         self,
         n: int,
@@ -126,15 +135,17 @@ class Sampler:
         request = self._request(n, **{**defaults, **options})
         return stream(self.executor, self._spec_at(length), request) if request.slots else iter(())
 
+    @neutral()
     def log_prob(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
         """Log-likelihood of samples x [n, *shape] in nats: [n] (densities where values are continuous)."""
         spec, values = self._values(x)
-        return log_prob(self.model, spec, values, self._cond(cond, len(x))).to(self.executor.device)
+        return log_prob(self.view, spec, values, self._cond(cond, len(x))).to(self.executor.device)
 
     def bits_per_dim(self, x: Tensor, cond: tuple[Any, ...] | None = None) -> Tensor:
         """Negative log2-likelihood per value: [n]."""
         return bits_per_dim(self.log_prob(x, cond), self._values(x)[0])
 
+    @neutral()
     def verify(self, n: int = 2, seed: int = 0, length: int | None = None) -> VerifyReport:
         """Samples n, runs forward once on the result, and compares every parameter and every draw.
 
@@ -149,6 +160,7 @@ class Sampler:
         return verify(self.on_cpu, self._spec_at(length), self.executor, request, self.dtype)
 
     # ---- checks on entry -----------------------------------------------------------------------------------------
+    @neutral()
     def _request(
         self,
         n: int,
@@ -186,7 +198,7 @@ class Sampler:
 
     def _check_weights(self) -> None:
         self.executor.ready()  # first, as weights may be on its device
-        name = changed(self.model, self._marks)
+        name = next((name for _, name in self._marks.changed(self._aside)), None)
         if name is not None:
             raise ModelChangedError(
                 f"{name} changed after the sampler was compiled; call sampler.refresh() (or compile again)"

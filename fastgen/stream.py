@@ -14,13 +14,18 @@ from fastgen.backends.base import Executor
 from fastgen.backends.request import Request
 from fastgen.errors import Cancelled
 from fastgen.spec import Spec
+from fastgen.view import neutral
 
 
 def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]:
     """Yields what is new of request's samples; the run goes on in a thread that ends with the iterator."""
     news: queue.Queue[int | BaseException] = queue.Queue()
     stop = threading.Event()
-    request.out = torch.zeros(request.slots, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
+    unit = spec.grid[1] if not spec.sequence else 1
+    with neutral():
+        request.out = torch.zeros(request.slots, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
+        # Steps after which the first 1, 2, ... units are complete, in whatever order the sites are drawn.
+        ends = spec.timeline.table.amax(0).reshape(-1, unit).amax(1).cummax(0)[0] + 1
 
     def progress(steps: int) -> bool:
         news.put(steps)
@@ -30,7 +35,7 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
 
     def work() -> None:
         try:
-            with aside:
+            with neutral(), aside:
                 executor.run(request)
             news.put(spec.steps)
         except Cancelled:
@@ -42,9 +47,6 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
     worker = threading.Thread(target=work, name="fastgen-stream")
     worker.start()
     try:
-        unit = spec.grid[1] if not spec.sequence else 1
-        # Steps after which the first 1, 2, ... units are complete, in whatever order the sites are drawn.
-        ends = spec.timeline.table.amax(0).reshape(-1, unit).amax(1).cummax(0)[0] + 1
         done = 0
         while done < spec.grid[0] * spec.grid[1]:
             item = news.get()
@@ -59,6 +61,7 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
         worker.join()
 
 
+@neutral()
 def _chunk(spec: Spec, out: Tensor, a: int, b: int) -> Tensor:
     part = out[:, a:b].clone()
     if spec.vector:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fastgen import rng
 from fastgen.backends.base import Executor
 from fastgen.backends.request import Request
-from fastgen.forward import device_of, eval_mode, first_tensor, plain
+from fastgen.forward import device_of, first_tensor, plain
 from fastgen.spec import Spec
+from fastgen.view import neutral
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 
@@ -47,7 +48,7 @@ class VerifyReport:
 def forward_parameters(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...]) -> Tensor:
     """Parameters [n, steps, P] of one teacher-forced forward on values [n, H*W, C]."""
     device = device_of(model)
-    with eval_mode(model):
+    with neutral():
         x, *inputs = (_at(device, plain(t)) for t in (spec.encode(plain(values)), *cond))
         out = spec.parameters(first_tensor(model(x, *inputs))).cpu()
     steps = out.permute(0, 3, 1, 2, 4).reshape(out.shape[0], spec.steps, out.shape[-1])

@@ -499,9 +499,10 @@ def test_changed_weights_are_refused_until_refreshed() -> None:
 def test_conditioning_is_computed_once() -> None:
     """What depends on labels alone is torch's to compute: once for each label, whatever the batch and the call."""
     model = GatedPixelCNN(levels=7, dim=8, layers=2, classes=5, shape=(4, 4), hidden=8, first_kernel=3)
-    sampler = fastgen.compile(model, verify=False)
     forwards: list[int] = []
     model.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+    sampler = fastgen.compile(model, verify=False)
+    forwards.clear()
     labels = torch.tensor([3, 1, 3, 3])
     drawn = sampler.sample(4, cond=(labels,))
     assert forwards == [1, 1]

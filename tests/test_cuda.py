@@ -21,7 +21,7 @@ from fastgen import sampler as sampler_module
 from fastgen.backends import cuda, team
 from fastgen.errors import Cancelled, FastgenError, UnsupportedError
 from fastgen.native import native
-from fastgen.placement import copy_to_cpu, on_cpu
+from fastgen.placement import copied, on_cpu
 from tests.cases import Case
 from tests.conftest import Compiled
 from tests.oracle import at_length, by_name
@@ -212,7 +212,7 @@ def test_a_capture_is_refused_before_anything_is_touched(
     machine.asked.clear()
     with monkeypatch.context() as nothing:
         for module, name in (
-            (sampler_module, "changed"),
+            (sampler_module.Fingerprint, "changed"),
             (torch, "zeros"),
             (torch, "empty"),
             (torch.cuda, "mem_get_info"),
@@ -269,7 +269,7 @@ def test_a_copy_on_the_cpu() -> None:
 
     model, x = Masked(), torch.randn(2, 1, 4, 4)
     before = model(x)  # leaves a weight with a history
-    copied = copy_to_cpu(model)
-    assert torch.equal(copied(x), before)
-    assert copied.mask is not model.mask and copied.conv.weight_g is not model.conv.weight_g
+    other = copied(model)
+    assert torch.equal(other(x), before)
+    assert other.mask is not model.mask and other.conv.weight_g is not model.conv.weight_g
     assert on_cpu(model) is model

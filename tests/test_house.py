@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastgen"
 FLOORS = (
     ("errors",),
     ("rng", "native", "steps", "progress", "graph", "kernels", "forward"),
-    ("heads",),
+    ("heads", "view"),
     ("ops", "spec"),
     ("nn", "capture", "checks", "media", "fingerprint"),
     ("models", "files"),

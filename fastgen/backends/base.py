@@ -20,7 +20,7 @@ from fastgen.spec import Spec
 class Setting:
     """What an executor is made from."""
 
-    model: nn.Module  # as the person gave it
+    model: nn.Module  # a private view of the person's, where that is
     spec: Spec
     programs: Programs
     conditioning: Conditioning

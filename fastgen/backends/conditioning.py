@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastgen.backends.request import Request
 from fastgen.capture.dispatch import COMPUTES, FRESH_OPS, METADATA_OPS
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
-from fastgen.forward import FORWARD_ERRORS, ModulePath, eval_mode, plain, refused
+from fastgen.forward import FORWARD_ERRORS, ModulePath, plain, refused
 from fastgen.graph.node import Graph, Point
 from fastgen.graph.sources import CondNode
 from fastgen.program.pack import grown
 from fastgen.program.records import Program
 from fastgen.spec import Spec
+from fastgen.view import neutral
 
 Shapes = dict[tuple[str, str, int], Any]  # what a skipped operation gives, on the meta device; by layer, name and call
 REMEMBERED = 256  # samples' conditioning (labels come again), each of at most
@@ -79,6 +80,11 @@ class _Collector(TorchDispatchMode):
         return out
 
 
+def _bytes(t: Tensor) -> bytes:
+    whole: bytes = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy().tobytes()  # numpy has no bfloat16
+    return whole
+
+
 def _empty(t: Any) -> Any:
     return torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
 
@@ -105,8 +111,8 @@ class Conditioning:
         for k in range(request.slots):
             one = tuple(c[k : k + 1] if isinstance(c, Tensor) and c.dim() else c for c in request.cond)
             tensors = [c.contiguous() for c in one if isinstance(c, Tensor)]
-            form = (spec.shape, *(tuple(c.shape) for c in tensors))
-            key = repr(form).encode() + b"|".join(c.numpy().tobytes() for c in tensors)
+            form = (spec.shape, *((c.dtype, tuple(c.shape)) for c in tensors))
+            key = repr(form).encode() + b"|".join(_bytes(c) for c in tensors)
             if key not in rows:
                 rows[key] = self._recall(key) or self._sample(program, spec, one, form)
                 self._remember(key, rows[key])
@@ -136,8 +142,8 @@ class Conditioning:
         return [n for n in (self.graph.nodes[k] for k in program.cond) if isinstance(n, CondNode)]
 
     def _forward(self, spec: Spec, cond: tuple[Any, ...], shapes: Shapes) -> dict[int, Tensor]:
-        path = ModulePath(self.model)
-        with eval_mode(self.model), path.watching():
+        path = ModulePath()
+        with neutral(), path.watching():
             x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
             cond = tuple(plain(c) for c in cond)
             mode = _Collector(path, self.graph.points, x, shapes)

@@ -11,8 +11,9 @@ from fastgen import rng
 from fastgen.backends.base import Executor, Setting
 from fastgen.backends.request import Request
 from fastgen.errors import Cancelled
-from fastgen.forward import device_of, eval_mode, first_tensor
+from fastgen.forward import device_of, first_tensor
 from fastgen.spec import Spec
+from fastgen.view import neutral
 
 
 class NaiveExecutor(Executor):
@@ -32,7 +33,7 @@ class NaiveExecutor(Executor):
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """See Executor."""
         spec = self.spec if request.length is None else self.spec.at_length(request.length)
-        with eval_mode(self.model):
+        with neutral():
             return self._loop(spec, request)
 
     def _loop(self, spec: Spec, r: Request) -> tuple[Tensor, Tensor | None]:

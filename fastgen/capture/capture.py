@@ -18,11 +18,12 @@ from fastgen.capture.fit import Irregular, fit, pieces_of
 from fastgen.capture.ids import COND, node_ids, sites
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
-from fastgen.forward import ModulePath, eval_mode, first_tensor, plain, try_forward
+from fastgen.forward import ModulePath, first_tensor, plain, try_forward
 from fastgen.graph.maps import MapNode
 from fastgen.graph.node import Graph, Node
 from fastgen.graph.refs import Pair
 from fastgen.graph.sources import InputNode, OpaqueNode
+from fastgen.view import neutral
 
 COMPOSITE = {
     "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
@@ -63,9 +64,9 @@ def capture(
     `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. Raises UnsupportedError and
     ShapeError; NotCausalError comes later (plan/ready.py).
     """
-    path = ModulePath(model)
+    path = ModulePath()
     tracer = Tracer(path, grid)
-    with eval_mode(model), path.watching():
+    with neutral(), path.watching():
         x, *cond_list = (plain(t) for t in (x, *cond))
         cond = tuple(cond_list)
         try_forward(model, x, cond)
