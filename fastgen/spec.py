@@ -165,6 +165,22 @@ class Spec:
         x = x.reshape(x.shape[0], x.shape[1], *self.sites)
         return x.movedim(1, 1 + self.layout.index("C")).contiguous()
 
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        """Between which two numbers those of forward's input lie, where values are of a fixed set."""
+        head = self.head
+        if head.table is not None:
+            given = head.table
+        elif head.discrete:
+            given = torch.tensor([0.0, head.n - 1.0])
+        elif head.clip is not None:
+            given = torch.tensor(head.clip)
+        else:
+            return None
+        if self.predicts == "next":
+            given = torch.cat([given.reshape(-1).float(), self.start_vector()])
+        return float(given.min()), float(given.max())
+
     def start_vector(self) -> Tensor:
         """Encoded value in front of a predicts="next" sequence: [Cx]."""
         if self.start is None:

@@ -118,8 +118,8 @@ def test_what_is_followed_is_followed_for_every_label(use: str) -> None:
 
 
 ARGUMENTS: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "decimals of round": (lambda m, h, c: torch.round(h, decimals=1), "rounding to decimals"),
-    "value of addcmul": (lambda m, h, c: torch.addcmul(h, h, h, value=0.5), "addcmul with a value"),
+    "decimals of round": (lambda m, h, c: torch.round(h, decimals=1), "its argument decimals="),
+    "value of addcmul": (lambda m, h, c: torch.addcmul(h, h, h, value=0.5), "its argument value"),
 }
 
 

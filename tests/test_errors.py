@@ -111,7 +111,6 @@ WRONG_COMPILE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "cond batch": (
         lambda: fastgen.compile(LABELLED.build(), LABELLED.shape, LABELLED.head, LABELLED.conds(2)), ShapeError, r"cond\[0\].*\(2,\).*batch 1",
     ),
-    "double weights": (lambda: fastgen.compile(Plain().double(), (1, 4, 4), HEAD), ShapeError, "float32.*double"),
 }  # fmt: skip
 
 

@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.backends.request import Request
-from fastgen.capture.dispatch import COMPUTES, FRESH_OPS, METADATA_OPS
+from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS
+from fastgen.capture.reads import READS
+from fastgen.capture.signature import COMPUTES
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
-from fastgen.forward import FORWARD_ERRORS, ModulePath, plain, refused
+from fastgen.forward import FORWARD_ERRORS, ModulePath, first_tensor, plain, refused
 from fastgen.graph.node import Graph, Point
 from fastgen.graph.sources import CondNode
 from fastgen.program.pack import grown
@@ -38,11 +40,18 @@ class _Done(Exception):
 
 
 class _Collector(TorchDispatchMode):
-    """Follows which storages hold sampled values and collects the arguments at the points."""
+    """Follows which storages hold sampled values and collects the arguments at the points.
 
-    def __init__(self, path: ModulePath, points: list[Point], x: Tensor, shapes: Shapes) -> None:
+    whole: forward is to run to its end, so that it may refuse what it is given. answers: to what Python asks of sampled
+    values, which are zeros here, as it was answered at capture.
+    """
+
+    def __init__(
+        self, path: ModulePath, points: list[Point], answers: list[bool | None], x: Tensor, shapes: Shapes, whole: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.path, self.calls, self.shapes = path, Counter[tuple[str, str]](), shapes
+        self.whole, self.answers, self.asked = whole, answers, 0
         self.wanted: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
         for k, (where, name, count, position) in enumerate(points):
             self.wanted.setdefault((where, name, count), []).append((k, position))
@@ -60,16 +69,20 @@ class _Collector(TorchDispatchMode):
             self.found[k] = tensors[position].detach().clone()
             self.missing -= 1
         self.calls[key] += 1
-        if self.missing == 0:
+        if self.missing == 0 and not self.whole:
             raise _Done
         sampled = any(t.untyped_storage()._cdata in self.sampled for t in tensors)
+        if name in READS:
+            self.asked += 1
+            answer = self.answers[self.asked - 1] if self.asked <= len(self.answers) else None
+            return answer if sampled and answer is not None else func(*args, **kwargs)
         if sampled and name.rstrip("_") in COMPUTES and func._schema.is_mutable:
             out: Any = args[0]
         elif sampled and name in COMPUTES:
             made = (*key, self.calls[key])
             if made not in self.shapes:
                 self.shapes[made] = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
-            out = tree_map(_empty, self.shapes[made])
+            out = tree_map(_zeros, self.shapes[made])
         else:
             out = func(*args, **kwargs)
         if sampled and name not in METADATA_OPS and name not in FRESH_OPS:
@@ -85,8 +98,8 @@ def _bytes(t: Tensor) -> bytes:
     return whole
 
 
-def _empty(t: Any) -> Any:
-    return torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
+def _zeros(t: Any) -> Any:
+    return torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
 
 
 def _meta(a: Any) -> Any:
@@ -123,9 +136,13 @@ class Conditioning:
 
     def _sample(self, program: Program, spec: Spec, one: tuple[Any, ...], form: Any) -> list[Tensor]:
         """The arrays of one sample. form: what the shapes of a forward hang on."""
-        if form not in self._shapes and len(self._shapes) >= FORMS:
-            self._shapes.clear()
-        found = self._forward(spec, one, self._shapes.setdefault(form, {}))
+        known = self._shapes.get(form)
+        shapes: Shapes = {} if known is None else known
+        found = self._forward(spec, one, shapes, whole=known is None)
+        if known is None:
+            if len(self._shapes) >= FORMS:
+                self._shapes.clear()
+            self._shapes[form] = shapes
         return [self._take(node, found[node.point], spec) for node in self._nodes(program)]
 
     def _recall(self, key: bytes) -> list[Tensor] | None:
@@ -141,15 +158,18 @@ class Conditioning:
     def _nodes(self, program: Program) -> list[CondNode]:
         return [n for n in (self.graph.nodes[k] for k in program.cond) if isinstance(n, CondNode)]
 
-    def _forward(self, spec: Spec, cond: tuple[Any, ...], shapes: Shapes) -> dict[int, Tensor]:
+    def _forward(self, spec: Spec, cond: tuple[Any, ...], shapes: Shapes, whole: bool) -> dict[int, Tensor]:
         path = ModulePath()
         with neutral(), path.watching():
             x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
             cond = tuple(plain(c) for c in cond)
-            mode = _Collector(path, self.graph.points, x, shapes)
+            mode = _Collector(path, self.graph.points, self.graph.answers, x, shapes, whole)
             try:
                 with mode:
-                    self.model(x, *cond)
+                    out = first_tensor(self.model(x, *cond))
+                if mode.missing == 0:
+                    spec.parameters(out)
+                    return mode.found
             except _Done:
                 return mode.found
             except FastgenError:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from fastgen.capture.dispatch import Dispatcher
 from fastgen.capture.fit import Irregular, fit, pieces_of
 from fastgen.capture.ids import COND, node_ids, sites
+from fastgen.capture.python_calls import PythonCalls
+from fastgen.capture.ranges import Range
+from fastgen.capture.reads import check_reads
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath, first_tensor, plain, try_forward
@@ -24,29 +25,6 @@ from fastgen.graph.node import Graph, Node
 from fastgen.graph.refs import Pair
 from fastgen.graph.sources import InputNode, OpaqueNode
 from fastgen.view import neutral
-
-COMPOSITE = {
-    "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
-    "lstm_cell": "a recurrence", "gru_cell": "a recurrence", "scaled_dot_product_attention": "attention",
-    "multi_head_attention_forward": "attention",
-}  # fmt: skip
-
-
-class CompositeCalls(TorchFunctionMode):
-    """Sees calls that torch would take apart before the dispatcher does, and refuses them by name."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if name in COMPOSITE and any(self.tracer.dynamic(t) for t in tensors):
-            raise UnsupportedError(
-                f"layer {self.tracer.path.current}: {name} is {COMPOSITE[name]}, which is not planned yet"
-            )
-        return func(*args, **(kwargs or {}))
 
 
 def capture(
@@ -57,15 +35,17 @@ def capture(
     grid: Pair,
     laid_out: Callable[[Tensor], Tensor],
     parameters_of: Callable[[Tensor], Tensor],
+    limits: Range = None,
 ) -> Graph:
     """Runs model(x, *cond) at batch 1 and returns its graph.
 
     The sampled tensor has `channels` (encoded) at each site of `grid`; `laid_out` shapes [1, channels, sites] like x, and
-    `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. Raises UnsupportedError and
+    `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. `limits`: between which numbers
+    the sampled tensor's lie. Raises UnsupportedError and
     ShapeError; NotCausalError comes later (plan/ready.py).
     """
     path = ModulePath()
-    tracer = Tracer(path, grid)
+    tracer = Tracer(path, grid, limits)
     with neutral(), path.watching():
         x, *cond_list = (plain(t) for t in (x, *cond))
         cond = tuple(cond_list)
@@ -75,8 +55,13 @@ def capture(
         for t in cond:
             if isinstance(t, Tensor):
                 tracer.put(t, torch.full(t.shape, COND, dtype=torch.int64))
-        with Dispatcher(tracer), CompositeCalls(tracer):
-            out = model(x, *cond)
+        with Dispatcher(tracer), PythonCalls(tracer):
+            try:
+                out = model(x, *cond)
+            except NotImplementedError as error:  # of torch: what cannot run under a mode
+                reason = str(error).strip().splitlines()[0]
+                raise UnsupportedError(f"layer {path.current}: torch cannot show what runs there: {reason}") from error
+        tracer.notes += check_reads(tracer.reads, lambda: model(plain(x), *map(plain, cond)))
     return _finish(tracer, first_tensor(out), parameters_of)
 
 
@@ -102,7 +87,7 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
         except Irregular as error:
             raise UnsupportedError(f"forward's output: {error}") from error
         params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[pieces]).index)
-    return Graph(tr.nodes, params, tr.points, tr.notes)
+    return Graph(tr.nodes, params, tr.points, tr.notes, [None if r is None else r.answer for r in tr.reads])
 
 
 def _check_opaque(nodes: list[Node], ids: Tensor) -> None:

@@ -6,7 +6,7 @@ without a rule is decomposed by torch's own decompositions, or becomes opaque: r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,12 @@ from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, CONST
 from fastgen.capture.linear import LINEAR
 from fastgen.capture.lookup import LOOKUP, index
-from fastgen.capture.moves import MOVEMENT, PATCHES, cast
+from fastgen.capture.moves import MOVEMENT, cast
 from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE, pointwise
+from fastgen.capture.reads import READS, YES_OR_NO, Read, refuse, shape_read
 from fastgen.capture.shadow import Ids
+from fastgen.capture.signature import check_call, check_result, check_type
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 
@@ -37,25 +39,23 @@ METADATA_OPS = frozenset(
 # Of their arguments they take the shape alone.
 FRESH_OPS = frozenset(
     ["new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like",
-     "empty_like", "rand_like", "randn_like"]
+     "empty_like"]
 )  # fmt: skip
-# What these make of sampled values is the plan's, so that a run for conditioning alone may skip it.
-COMPUTES = POINTWISE | frozenset([*CONVOLUTIONS, *LINEAR, *LOOKUP, *NORMS])
 REFUSED = {
     "_scaled_dot_product": "attention",
     "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
     "cumsum": "a running sum", "cumprod": "a running product",
     "native_group_norm": "a norm over sites", "sort": "sorting", "topk": "top-k",
 }  # fmt: skip
-# Arguments, by position, whose conditioning a rule turns into sources of its own; of any other argument the example's value
-# would be taken for a constant. (Matrix products and sums refuse by themselves, saying what they cannot mix.)
-ANY = range(16)
-CONDITIONAL: dict[str, Iterable[int]] = {
-    **dict.fromkeys(MOVEMENT, (0,)), **dict.fromkeys(PATCHES, (0, 1)),
-    **dict.fromkeys(LINEAR, ANY), **dict.fromkeys(POINTWISE, ANY),
-    **dict.fromkeys(["convolution", "index", "glu", "log_sigmoid_forward", "native_layer_norm", "native_batch_norm",
-                     "_native_batch_norm_legit_no_training", "cudnn_batch_norm"], (0,)),
-}  # fmt: skip
+WHOLE = {
+    "max": "the largest",
+    "min": "the smallest",
+    "aminmax": "the smallest and largest",
+}  # of all values, without a dim
+# Random only in training; this argument says so.
+TRAINED = {"native_dropout": 2, "rrelu_with_noise": 4}
+# They write an argument besides their result, which nobody reads.
+RESULT_ALONE = frozenset(["rrelu_with_noise"])
 
 
 def _pointwise(name: str, tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
@@ -66,6 +66,23 @@ RULES: dict[str, Rule] = {
     **MOVEMENT, **CONVOLUTIONS, **LINEAR, **LOOKUP, **NORMS, "index": index,
     **{name: partial(_pointwise, name) for name in POINTWISE},
 }  # fmt: skip
+
+
+def is_random(func: Any, name: str, args: Any) -> bool:
+    """Whether a call gives other numbers every time."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    k = TRAINED.get(name)
+    return k is None or (k < len(args) and args[k] is not False)
+
+
+def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that a call writes to, by its schema."""
+    written = []
+    for k, a in enumerate(func._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            written += tree_leaves(args[k] if k < len(args) else kwargs.get(a.name))
+    return [t for t in written if isinstance(t, Tensor)]
 
 
 class Dispatcher(TorchDispatchMode):
@@ -82,38 +99,68 @@ class Dispatcher(TorchDispatchMode):
         tr.enter(name, tensors)
         if name in METADATA_OPS:
             return func(*args, **kwargs)
+        if name in READS and func.namespace == "aten":
+            return self._read(func, name, args, kwargs, tensors)
+        if is_random(func, name, args):
+            return self._random(func, name, args, kwargs)
         dynamic = any(tr.dynamic(t) for t in tensors)
-        if func._schema.is_mutable:
-            return self._mutate(func, name, args, kwargs, dynamic, any(tr.conditional(t) for t in tensors))
-        if dynamic and name in ("_local_scalar_dense", "equal", "is_nonzero"):
-            raise UnsupportedError(
-                f"{tr.path.current}: Python reads a sampled value (.item(), bool(), int() or a comparison); "
-                "the sampler cannot follow a branch on data"
-            )
+        conditional = any(tr.conditional(t) for t in tensors)
+        if func._schema.is_mutable and name not in RESULT_ALONE:
+            return self._mutate(func, name, args, kwargs, dynamic, conditional)
+        if (dynamic or conditional) and (decider := shape_read(tr, func, name, args, tensors)) is not None:
+            refuse(tr, decider, f"aten.{name}, whose result has a shape that depends on it")
         out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if (
+            not results
+            and out is not None
+            and (dynamic or conditional)
+            and not name.startswith(("sym_", "is_", "size"))
+        ):
+            refuse(tr, next(t for t in tensors if tr.dynamic(t) or tr.conditional(t)), f"aten.{name}")
         if not results or name in FRESH_OPS:
             return out
-        storages = {t.untyped_storage()._cdata for t in tensors}
-        if results[0].untyped_storage()._cdata in storages:
+        storages = {t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided}
+        if results[0].layout == torch.strided and results[0].untyped_storage()._cdata in storages:
             return out  # a view: the shadow is read through its strides
         if not dynamic:
-            if any(tr.conditional(t) for t in tensors):
+            if conditional:
                 planned = conv_of_conditioning(tr, name, out, args)
                 for t in results:
                     tr.put(t, torch.full(t.shape, COND) if planned is None else planned)
             return out
-        if name in ("min", "max", "aminmax") and len(args) == 1:
-            tr.notes.append(f"{tr.path.current}: global {name} of a sampled tensor is taken as a range check")
-            return out
         return self._record(func, name, args, kwargs, out, results)
+
+    def _read(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """Python asks for a number: only a yes or no, and that is looked into afterwards (reads.py)."""
+        tr, out = self.tracer, func(*args, **kwargs)
+        watched = next((t for t in tensors if tr.dynamic(t)), None)
+        watched = next((t for t in tensors if tr.conditional(t)), None) if watched is None else watched
+        if watched is None or tr.how == "":
+            if not tr.depth:
+                tr.reads.append(None)
+            return out
+        yes_or_no = name in YES_OR_NO or tensors[0].dtype == torch.bool or tr.how == "bool"
+        if not yes_or_no or tr.depth:
+            refuse(tr, watched, ".item(), int() or float()" if name == "_local_scalar_dense" else f"torch.{name}()")
+        kind = "sampled" if tr.dynamic(watched) else "conditioning"
+        tr.reads.append(Read(tr.path.current, f"Python reads a yes or no on {kind} values", bool(out)))
+        return out
+
+    def _random(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        reason = f"aten.{name} is random, so that forward gives other parameters every time"
+        for t in [*tree_leaves(out), *written_by(func, args, kwargs)]:
+            if isinstance(t, Tensor):
+                self.tracer.put(t, self.tracer.opaque(t, name, reason))
+        return out
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> Any:
         tr, rule = self.tracer, RULES.get(name)
         refused = any(name.startswith(r) for r in REFUSED)
+        refused |= name in WHOLE and len(args) == 1
         decompose = None if rule is not None or refused else decomposition_table.get(func)
         if decompose is not None:
-            nodes = len(tr.nodes)
             try:
                 tr.depth += 1
                 with self:
@@ -121,7 +168,7 @@ class Dispatcher(TorchDispatchMode):
             except (UnsupportedError, Irregular):
                 raise
             except Exception:  # a decomposition that torch cannot trace: fall back to the refusal by name
-                del tr.nodes[nodes:]
+                pass
             finally:
                 tr.depth -= 1
         for k, t in enumerate(results):
@@ -130,13 +177,22 @@ class Dispatcher(TorchDispatchMode):
 
     def _mutate(self, func: Any, name: str, args: Any, kwargs: Any, dynamic: bool, conditional: bool) -> Any:
         """In-place operations: ids of the functional result first, then the write."""
-        tr = self.tracer
-        target: Tensor = args[0] if "out" not in kwargs else kwargs["out"]
+        tr, written = self.tracer, written_by(func, args, kwargs)
         base = name[:-1] if name.endswith("_") else name
+        if len(written) != 1 or func.namespace != "aten":
+            result = func(*args, **kwargs)
+            for t in [*written, *tree_leaves(result)]:
+                if isinstance(t, Tensor) and (dynamic or conditional):
+                    reason = (
+                        f"{func.namespace}.{name} writes to its arguments in a way that the planner does not follow"
+                    )
+                    tr.put(t, tr.opaque(t, name, reason))
+            return result
+        target = written[0]
         if base == "zero" or (base == "fill" and not isinstance(args[1], Tensor)):
             ids: Ids = torch.full(target.shape, CONST)
         elif dynamic and base in ("copy", "fill"):
-            ids = cast(tr, func, target, (args[1].expand(target.shape),), {})
+            ids = self._apply(cast, func, base, target, (args[1].expand(target.shape),), {})
             if conditional and isinstance(ids, Tensor) and bool((ids == COND).any()):
                 tr.notes.append(f"{tr.path.current}: conditioning copied into a sampled tensor")
         elif dynamic:
@@ -149,22 +205,23 @@ class Dispatcher(TorchDispatchMode):
 
     def _apply(self, rule: Rule | None, func: Any, name: str, out: Tensor, args: Any, kwargs: Any) -> Ids:
         tr = self.tracer
-        if rule is None:
-            why = next((r for k, r in REFUSED.items() if name.startswith(k)), "an operation without a rule")
-            return tr.opaque(out, name, f"aten.{name} is {why}, which the planner does not have yet")
+        inner = func.namespace == "prims"  # of the decomposition of the running call
+        called = f"aten.{tr.call[1]}" if inner else f"{func.namespace}.{name}"
         blocked = tr.opaque_ids([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
         if blocked is not None:  # what follows an operation without a rule has none either: keep the first reason
             return torch.full(out.shape, blocked)
+        if func.namespace not in ("aten", "prims"):
+            return tr.opaque(out, name, f"{called} is an operation of its own kind, which the planner does not know")
+        if name in WHOLE and len(args) == 1:
+            return tr.opaque(out, name, f"{called} is {WHOLE[name]} of all values, later ones too")
+        if rule is None or inner:
+            why = next((r for k, r in REFUSED.items() if name.startswith(k)), "an operation without a rule")
+            return tr.opaque(out, name, f"{called} is {why}, which the planner does not have yet")
         try:
-            self._check_conditioning(name, args, kwargs)
+            check_type(name, out.dtype)
+            check_call(tr, func, name, args, kwargs)
             ids = rule(tr, func, out, args, kwargs)
+            check_result(tr, name, out, ids)
             return ids if isinstance(ids, ClosedForm) else ids.reshape(out.shape)
         except Irregular as error:
-            return tr.opaque(out, name, f"aten.{name}: {error}")
-
-    def _check_conditioning(self, name: str, args: Any, kwargs: Any) -> None:
-        """Raises Irregular where an argument depends on conditioning that the rule would not follow."""
-        allowed = CONDITIONAL.get(name, ())
-        for k, a in [*enumerate(args), *kwargs.items()]:
-            if k not in allowed and any(self.tracer.conditional(t) for t in tree_leaves(a) if isinstance(t, Tensor)):
-                raise Irregular(f"argument {k} depends on conditioning, and would be frozen at the example's value")
+            return tr.opaque(out, name, f"{called}: {error}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen.capture.axes import LaneOrder, label_columns
 from fastgen.capture.fit import Irregular, fit, pieces_of
 from fastgen.capture.ids import CONST, pack
+from fastgen.capture.ranges import check_index
 from fastgen.capture.tracer import Tracer
 from fastgen.graph.lookup import EmbedNode
 from fastgen.graph.refs import Pair
@@ -20,6 +21,7 @@ def embed(tr: Tracer, table: Tensor, index: Tensor) -> Tensor:
     """Ids [*index.shape, E] of table[index] for a sampled index; table [rows, E]."""
     if tr.dynamic(table) or tr.conditional(table):
         raise Irregular("a lookup in a table that depends on the sample or on conditioning")
+    check_index(tr.range_of(index), table.shape[0])
     full = tr.ids(index)
     order = LaneOrder(index.shape, [full])
     ids = order.split(full)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import CONST
 from fastgen.capture.pointwise import pointwise
+from fastgen.capture.ranges import check_cast
 from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
 
@@ -81,9 +82,14 @@ def patch(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 
 def cast(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
-    """Casts keep the value, except float to integer, which truncates."""
-    if args[0].dtype.is_floating_point and not out.dtype.is_floating_point:
-        return pointwise(tr, "trunc" if out.dtype != torch.bool else "ne_zero", out, args[:1], {})
+    """Casts keep the value, except to bool, and from float to integer, which truncates; and small integers wrap around."""
+    made = args[0]
+    if out.dtype == torch.bool and made.dtype != torch.bool:
+        return pointwise(tr, "ne_zero", out, args[:1], {})
+    if not out.dtype.is_floating_point and out.dtype != made.dtype:
+        check_cast(tr.range_of(made), out.dtype)
+    if made.dtype.is_floating_point and not out.dtype.is_floating_point:
+        return pointwise(tr, "trunc", out, args[:1], {})
     return same(tr, func, out, args, kwargs)
 
 

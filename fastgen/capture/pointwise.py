@@ -6,6 +6,7 @@ and every operand is fitted to an affine reference from there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,17 +28,25 @@ PLAIN = {
     "neg": "neg", "exp": "exp", "log": "log", "tanh": "tanh", "sigmoid": "sigmoid", "relu": "relu", "abs": "abs",
     "sqrt": "sqrt", "rsqrt": "rsqrt", "sin": "sin", "cos": "cos", "atan": "atan", "reciprocal": "reciprocal", "log1p": "log1p",
     "expm1": "expm1", "erf": "erf", "sign": "sign", "sgn": "sign", "floor": "floor", "ceil": "ceil", "round": "round",
-    "trunc": "trunc", "fix": "trunc", "logical_not": "not", "silu": "silu", "mul": "mul", "div": "div",
+    "trunc": "trunc", "fix": "trunc", "silu": "silu", "mul": "mul", "div": "div",
     "maximum": "maximum", "minimum": "minimum", "pow": "pow", "eq": "eq", "ne": "ne", "gt": "gt", "ge": "ge", "lt": "lt",
-    "le": "le", "logical_and": "and", "logical_or": "or", "bitwise_and": "and", "bitwise_or": "or",
-    "remainder": "remainder", "where": "where",
+    "le": "le", "logical_and": "and", "logical_or": "or", "remainder": "remainder", "where": "where",
+    "true_divide": "div",
+}  # fmt: skip
+# Of yes and no, where the result is one: arithmetic of bools is theirs too.
+LOGICAL = {
+    "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "ne", "bitwise_not": "not", "logical_not": "not",
+    "logical_xor": "ne", "__and__": "and", "__or__": "or", "__xor__": "ne", "add": "or", "mul": "and",
 }  # fmt: skip
 SPECIAL = frozenset(
     ["add", "sub", "rsub", "elu", "leaky_relu", "gelu", "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max",
-     "square", "masked_fill", "addcmul", "ne_zero", "relu6", "threshold"]
+     "square", "masked_fill", "addcmul", "ne_zero", "relu6", "threshold", "rrelu_with_noise"]
 )  # fmt: skip
-POINTWISE = frozenset(PLAIN) | SPECIAL
-SCALAR_AFFINE = {"mul": lambda s: (s, 0.0), "div": lambda s: (1.0 / s, 0.0)}
+POINTWISE = frozenset(PLAIN) | SPECIAL | frozenset(LOGICAL)
+SCALAR_AFFINE: dict[str, Callable[[float], tuple[float, float]]] = {
+    "mul": lambda s: (s, 0.0),
+    "div": lambda s: (1.0 / s if s else math.inf, 0.0),
+}
 Argument = Tensor | float  # of a map: broadcast to the result
 
 
@@ -55,12 +64,15 @@ def _spec(
     def arg(k: int, key: str, default: Any) -> Any:
         return a[k] if len(a) > k else kw.get(key, default)
 
-    if name == "round" and (len(a) > 1 or kw.get("decimals")):
-        raise Irregular("rounding to decimals")
-    if name == "addcmul" and kw.get("value", 1) != 1:
-        raise Irregular("addcmul with a value other than 1")
-    if name == "div" and kw.get("rounding_mode"):
-        raise Irregular("division with rounding")
+    if any(isinstance(v, complex) for v in a):
+        raise Irregular("complex numbers are not planned; compute with their real and imaginary parts")
+    if name in LOGICAL:
+        if name == "logical_xor" and any(v.dtype != torch.bool for v in a):
+            raise Irregular("of numbers other than yes and no")
+        if out.dtype == torch.bool:
+            return LOGICAL[name], list(a), ()
+        if name.startswith(("bitwise", "__")):  # of integers
+            raise Irregular("the bits of integers are not planned")
     if name in ("add", "sub", "rsub"):
         x, y, alpha = a[0], a[1], float(arg(2, "alpha", 1))
         if name == "rsub":
@@ -76,7 +88,9 @@ def _spec(
     if name in SCALAR_AFFINE and (
         not isinstance(a[1], Tensor) or (a[1].dim() == 0 and not tr.dynamic(a[1]) and not tr.conditional(a[1]))
     ):
-        return "affine", [a[0]], SCALAR_AFFINE[name](float(a[1]))
+        factor, shift = SCALAR_AFFINE[name](float(a[1]))
+        if math.isfinite(factor):
+            return "affine", [a[0]], (factor, shift)
     if name == "pow" and not isinstance(a[1], Tensor):
         return ("mul", [a[0], a[0]], ()) if a[1] == 2 else ("powscalar", [a[0]], (float(a[1]),))
     if name == "pow" and not isinstance(a[0], Tensor):
@@ -97,6 +111,11 @@ def _spec(
         "relu6": lambda: ("clamp", [a[0]], (0.0, 6.0)),
         "clamp_min": lambda: ("clamp", [a[0]], (float(a[1]), big)),
         "clamp_max": lambda: ("clamp", [a[0]], (-big, float(a[1]))),
+        "rrelu_with_noise": lambda: (
+            "leakyrelu",
+            [a[0]],
+            ((float(arg(2, "lower", 0.125)) + float(arg(3, "upper", 1 / 3))) / 2,),
+        ),
         "square": lambda: ("mul", [a[0], a[0]], ()),
         "ne_zero": lambda: ("ne", [a[0], 0.0], ()),
         "masked_fill": lambda: ("where", [a[1], a[2], a[0]], ()),

@@ -21,8 +21,9 @@ Ids = Tensor | ClosedForm
 class Shadow:
     """Ids of one storage: in closed form, or one per element."""
 
-    def __init__(self, ref: StorageWeakRef, size: int, itemsize: int) -> None:
-        self.ref, self.size, self.itemsize = ref, size, itemsize
+    def __init__(self, ref: StorageWeakRef, size: int, dtype: torch.dtype) -> None:
+        self.ref, self.size, self.dtype = ref, size, dtype
+        self.foreign: int | None = None  # the id of sampled values that are read as another type
         self.closed: ClosedForm | None = None
         self.ids: Tensor | None = None
 
@@ -35,13 +36,7 @@ class Shadow:
     def window(self, t: Tensor) -> ClosedForm | None:
         """The closed form as t [1, C, (H,) W] sees it: whole channels, a box of sites."""
         f = self.closed
-        if (
-            f is None
-            or t.dim() not in (3, 4)
-            or t.shape[0] != 1
-            or min(t.shape) < 1
-            or t.element_size() != self.itemsize
-        ):
+        if f is None or t.dim() not in (3, 4) or t.shape[0] != 1 or min(t.shape) < 1 or t.dtype != self.dtype:
             return None
         (height, width), plane = f.grid, f.grid[0] * f.grid[1]
         wanted = (plane, width, 1) if t.dim() == 4 else (plane, 1)
@@ -64,6 +59,8 @@ class ShadowMemory:
         self._shadow: dict[int, Shadow] = {}
 
     def _entry(self, t: Tensor) -> Shadow | None:
+        if t.layout != torch.strided:
+            return None
         found = self._shadow.get(t.untyped_storage()._cdata)
         return None if found is None or found.ref.expired() else found
 
@@ -71,17 +68,30 @@ class ShadowMemory:
         storage = t.untyped_storage()
         if len(self._shadow) % 64 == 63:  # storages that died take their shadows along
             self._shadow = {k: v for k, v in self._shadow.items() if not v.ref.expired()}
-        entry = Shadow(StorageWeakRef(storage), max(1, storage.nbytes() // t.element_size()), t.element_size())
+        entry = Shadow(StorageWeakRef(storage), max(1, storage.nbytes() // t.element_size()), t.dtype)
         self._shadow[storage._cdata] = entry
         return entry
+
+    def no_rule(self, t: Tensor, ids: Tensor) -> int:
+        """The id of what is made by reading or writing t, the bytes of another type; ids: what they are."""
+        raise NotImplementedError("a tracer knows")
+
+    def _foreign(self, entry: Shadow, t: Tensor) -> int:
+        """The one id of a storage whose bytes t reads as another type."""
+        ids = entry.dense()
+        if not bool((ids >= 0).any()):
+            return COND if bool((ids == COND).any()) else CONST
+        if entry.foreign is None:
+            entry.foreign = self.no_rule(t, ids)
+        return entry.foreign
 
     def ids(self, t: Tensor) -> Tensor:
         """Ids of the elements of t, shaped like it."""
         entry = self._entry(t)
         if entry is None:
             return torch.full((), CONST, dtype=torch.int64).expand(t.shape)
-        if t.element_size() != entry.itemsize:  # bytes read as another type: one mark for all
-            return entry.dense().max().expand(t.shape)
+        if t.dtype != entry.dtype:
+            return torch.full((), self._foreign(entry, t)).expand(t.shape)
         return entry.dense().as_strided(t.shape, t.stride(), t.storage_offset())
 
     def closed(self, t: Tensor) -> ClosedForm | None:
@@ -102,6 +112,10 @@ class ShadowMemory:
             if not bool((ids != CONST).any()):
                 return
             entry = self._make(t)
+        if t.dtype != entry.dtype:  # all of the storage, wherever t is in it
+            entry.dense().fill_(int(ids.max()) if bool((ids < 0).all()) else self.no_rule(t, ids))
+            entry.closed = None
+            return
         entry.dense().as_strided(t.shape, t.stride(), t.storage_offset()).copy_(ids.reshape(t.shape))
         entry.closed = None
 

@@ -5,15 +5,18 @@ Knows no operation: rules (moves, linear, convolution, pointwise, norms, lookup)
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.capture.ids import MAX_CHANNELS, MAX_COLS, MAX_NODES, MAX_ROWS, pack
-from fastgen.capture.shadow import ShadowMemory
+from fastgen.capture.closed_form import ClosedForm
+from fastgen.capture.ids import COND, CONST, MAX_CHANNELS, MAX_COLS, MAX_NODES, MAX_ROWS, pack
+from fastgen.capture.ranges import Range, Ranges, of_values, union
+from fastgen.capture.shadow import Ids, ShadowMemory
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath
 from fastgen.graph.node import Node, Point
@@ -24,10 +27,13 @@ from fastgen.graph.sources import CondNode, OpaqueNode
 class Tracer(ShadowMemory):
     """Nodes so far, and what every number of forward is. data_grid: the sites of the sampled tensor."""
 
-    def __init__(self, path: ModulePath, data_grid: Pair) -> None:
+    def __init__(self, path: ModulePath, data_grid: Pair, given: Range = None) -> None:
         super().__init__()
         self.path, self.data_grid = path, data_grid
         self.nodes: list[Node] = []
+        self.ranges = Ranges(self.nodes, given)
+        self.reads: list[Any] = []  # (reads.py) of forward's reads in order: what was read, None where it is a constant
+        self.how: str | None = None  # why Python reads now: "bool" for a yes or no, "" for nothing that counts
         self.points: list[Point] = []
         self.notes: list[str] = []
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -63,18 +69,58 @@ class Tracer(ShadowMemory):
 
     def opaque_ids(self, tensors: list[Tensor]) -> int | None:
         """The id of the first result without a rule among some tensors, if any."""
-        opaque = [n.index for n in self.nodes if isinstance(n, OpaqueNode)]
-        if not opaque:
+        if not any(isinstance(n, OpaqueNode) for n in self.nodes):
             return None
-        marks = torch.tensor(opaque)
-        for t in tensors:
-            if self.closed(t) is not None:  # closed forms are never opaque
-                continue
-            ids = self.ids(t)
-            hit = ids[torch.isin(ids >> 48, marks) & (ids >= 0)]
-            if len(hit):
-                return int(hit[0])
-        return None
+        found = (self._opaque_id(self.ids(t)) for t in tensors if self.closed(t) is None)  # those are never opaque
+        return next((k for k in found if k is not None), None)
+
+    def _opaque_id(self, ids: Tensor) -> int | None:
+        marks = torch.tensor([n.index for n in self.nodes if isinstance(n, OpaqueNode)], dtype=torch.int64)
+        hit = ids[torch.isin(ids >> 48, marks) & (ids >= 0)]
+        return int(hit[0]) if len(hit) else None
+
+    def reason(self, opaque: int) -> str:
+        """Why the element with an id has no rule."""
+        node = self.nodes[opaque >> 48]
+        return f"layer {node.path}: {node.reason}" if isinstance(node, OpaqueNode) else ""
+
+    def no_rule(self, t: Tensor, ids: Tensor) -> int:
+        """See ShadowMemory."""
+        opaque = self._opaque_id(ids)
+        if opaque is not None:
+            return opaque
+        reason = f"the bytes of sampled values are taken for {str(t.dtype).removeprefix('torch.')}, which they are not"
+        if t.dtype.is_complex:
+            reason = "complex numbers are not planned; compute with their real and imaginary parts"
+        return int(self.opaque(t, "view", reason).reshape(-1)[0])
+
+    @contextlib.contextmanager
+    def reading(self, how: str) -> Iterator[None]:
+        """What Python reads meanwhile it reads for this."""
+        before, self.how = self.how, how
+        try:
+            yield
+        finally:
+            self.how = before
+
+    def range_of(self, t: Tensor) -> Range:
+        """Between which two numbers the elements of t lie, if that is known."""
+        field = self.closed(t)
+        if field is not None:
+            return self.range_of_ids(field)
+        ids = self.ids(t)
+        fixed = t.detach()[ids == CONST]
+        return union([self.range_of_ids(ids), *([of_values(fixed)] if fixed.numel() else [])])
+
+    def range_of_ids(self, ids: Ids) -> Range:
+        """The same for the sampled ones of some ids."""
+        if isinstance(ids, ClosedForm):
+            nodes = (ids.lanes[ids.lanes >= 0] >> 16).unique().tolist()
+            found = [self.ranges.of_node(k) for k in nodes]
+            return union([*found, *([] if ids.whole else [(0.0, 0.0) if ids.zero else None])])
+        if bool((ids == COND).any()):
+            return None
+        return union([self.ranges.of_node(k) for k in (ids[ids >= 0] >> 48).unique().tolist()])
 
     def cond_source(self, t: Tensor, index: Tensor, grid: Pair) -> int:
         """A node for conditioning values: index [C, H, W] are flat positions in t, an argument of the running call."""

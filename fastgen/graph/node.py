@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -122,3 +122,6 @@ class Graph:
     params: list[int]
     points: list[Point]  # where conditioning is read
     notes: list[str]
+    answers: list[bool | None] = field(
+        default_factory=list
+    )  # to what Python asks in forward, in turn; None: a constant's

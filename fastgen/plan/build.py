@@ -93,7 +93,7 @@ def _units(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Spec, G
         settled.append(spec.head.layout(out.shape, spec.values_per_site, spec.sites))
         return spec.parameters(out)
 
-    graph = capture(model, x, cond, spec.input_channels, spec.grid, spec.laid_out, parameters_of)
+    graph = capture(model, x, cond, spec.input_channels, spec.grid, spec.laid_out, parameters_of, spec.input_range)
     check_supported(graph)
     graph = merge_sums(graph)
     ready = ready_times(graph, spec.timeline.known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def merge_sums(graph: Graph) -> Graph:
         if len(biases) == 2:
             bias = _plus(*biases)
         nodes[k] = TapsNode(node.index, b.path, "conv+conv", node.channels, node.grid, taps=a.taps + b.taps, bias=bias)
-    return Graph(nodes, graph.params, graph.points, graph.notes)
+    return replace(graph, nodes=nodes)
 
 
 def _plus(x: Tensor, y: Tensor) -> Tensor:
