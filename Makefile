@@ -4,6 +4,7 @@
 #   make test-without-cuda   the extension as it is built without nvcc, in a folder of its own, and its tests
 #   make lint      ruff, mypy, clang-format                   (make format applies the formatters)
 #   make sanitize  the C++ tests under address, undefined-behaviour and thread sanitizers
+#   make fuzz      random modules against the slow loop       (ARGS="--seeds 0 5000")
 #   make bench | make train NAME=recipe | make clean | make distclean (also removes the environment)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -21,7 +22,7 @@ BUILT  := $(wildcard fastgen/_native*.so)
 say     = @printf 'fastgen: %s\n' "$(1)"
 
 .PHONY: build sample test test-without-cuda lint lint-ruff lint-mypy lint-clang-format format sanitize sanitize-address \
-  sanitize-thread bench train clean distclean FORCE
+  sanitize-thread fuzz bench train clean distclean FORCE
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.built
@@ -88,6 +89,9 @@ sanitize-address sanitize-thread: $(VENV)/.built
 	  "-DFASTGEN_SANITIZE=$(SANITIZERS)" "-DFASTGEN_PROGRAMS=$(abspath build/$@/programs)" >build/$@.log
 	@$(VENV)/bin/cmake --build build/$@ >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
 	@cd build/$@ && "$(abspath $(VENV))/bin/ctest" --output-on-failure --no-tests=error
+
+fuzz: build
+	@$(PY) -W ignore -m tests.fuzz $(ARGS)
 
 bench: build
 	@$(PY) -m bench.run $(ARGS)

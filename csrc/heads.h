@@ -5,7 +5,8 @@
 // decisions only where u is that close to a boundary. A draw costs tens of double operations (Categorical: one exp a
 // class), which is little beside the network in front of it.
 //
-// NaN parameters give the last class or NaN; nothing is read or written out of bounds.
+// Parameters that are no distribution (NaN, no finite logit, an infinite mean) give NaN in place of a value: the caller
+// sees it in what was drawn. Nothing is read or written out of bounds.
 #pragma once
 #include <math.h>
 
@@ -23,7 +24,8 @@ FG_HD inline int head_uniforms(const Head& h) {
 }
 
 // Inverse CDF: the first k with p_0 + ... + p_k > u * total, p_k = exp((logits_k - max) / temperature). The first pass
-// leaves the sum at 32 marks, so that the second makes only the p between two of them again, to the same sums.
+// leaves the sum at 32 marks, so that the second makes only the p between two of them again, to the same sums. -1:
+// there is no distribution, as a logit is NaN or +inf, or all are -inf.
 inline int32_t pick(const float* logits, int32_t n, double u, double temperature) {
   constexpr int32_t kMarks = 32;
   float most = logits[0];
@@ -38,6 +40,7 @@ inline int32_t pick(const float* logits, int32_t n, double u, double temperature
     }
     sum += exp((static_cast<double>(logits[k]) - most) / temperature);
   }
+  if (!(sum > 0)) return -1;
   const double target = u * sum;
   int32_t i = (n - 1) / stride;
   while (i > 0 && marks[i] > target) --i;
@@ -128,15 +131,19 @@ FG_HD inline void logistic_mixture_value(const Head& h, const float* params, int
       value[c] = known[c];
       continue;
     }
-    const float* own = params + n + c * kinds * n + m;  // mean; n further on, log-scale
+    const float* own = params + n + c * kinds * n + (m < 0 ? 0 : m);  // mean; n further on, log-scale
     double x = own[0];
-    if (c == 1) x += coefficient(params, n, m, 0) * value[0];
+    if (c == 1) x += coefficient(params, n, m < 0 ? 0 : m, 0) * value[0];
     if (c == 2) {
-      x += coefficient(params, n, m, 1) * value[0];
-      x += coefficient(params, n, m, 2) * value[1];
+      x += coefficient(params, n, m < 0 ? 0 : m, 1) * value[0];
+      x += coefficient(params, n, m < 0 ? 0 : m, 2) * value[1];
     }
     const double noise = u[1 + c];
     x += scale_of(own[n], h.floor_log_scale, temperature) * (log(noise) - log1p(-noise));
+    if (m < 0 || !isfinite(x)) {
+      value[c] = NAN;
+      continue;
+    }
     x = x < -1 ? -1 : x > 1 ? 1 : x;
     if (h.levels > 0) x = rint((x + 1) * half) / half - 1;
     value[c] = static_cast<float>(x);
@@ -151,20 +158,24 @@ FG_HD inline int32_t head_logits(const Head& h) {
 }
 
 FG_HD inline float gaussian_value(const Head& h, const float* params, int32_t m, const double* u, double temperature) {
+  if (m < 0) return NAN;
   const float* own = params + head_logits(h) + m;
   const float x = static_cast<float>(own[0] + scale_of(own[h.n], h.floor_log_scale, temperature) * ndtri(u[1]));
+  if (!isfinite(x)) return NAN;
   return x < h.clip_lo ? h.clip_lo : x > h.clip_hi ? h.clip_hi : x;
 }
 
-// The value of one step, m being the choice: h.channels values for LogisticMixture, else one. params: h.params of them;
-// u: head_uniforms(h); temperature > 0 divides logits and multiplies scales.
+// The value of one step, m being the choice (-1: none is possible): h.channels values for LogisticMixture, else one.
+// params: h.params of them; u: head_uniforms(h); temperature > 0 divides logits and multiplies scales.
 FG_HD inline void head_value(const Head& h, const float* params, int32_t m, const double* u, float temperature,
                              float* value, const float* known) {
   switch (h.kind) {
     case kLogisticMixture: return logistic_mixture_value(h, params, m, u, temperature, known, value);
-    case kCategorical: value[0] = static_cast<float>(m); break;
+    case kCategorical: value[0] = m < 0 ? NAN : static_cast<float>(m); break;
     case kBernoulli:
-      value[0] = u[0] < 1 / (1 + exp(-static_cast<double>(params[0]) / temperature)) ? 1.0f : 0.0f;
+      value[0] = params[0] != params[0]                                                ? NAN
+                 : u[0] < 1 / (1 + exp(-static_cast<double>(params[0]) / temperature)) ? 1.0f
+                                                                                       : 0.0f;
       break;
     case kGaussianMixture: value[0] = gaussian_value(h, params, m, u, temperature); break;
   }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.errors import ShapeError
+from fastgen.errors import FastgenError, ShapeError
 from fastgen.spec import Spec
 
 MOST_THREADS = 1024
@@ -65,6 +65,23 @@ def scored_values(spec: Spec, x: Any) -> Tensor:
     if fault:
         raise ValueError(f"x holds {fault}; expected samples as sample() returns them")
     return values
+
+
+def check_drawn(spec: Spec, values: Tensor, first: int) -> None:
+    """Raises FastgenError where values [n, H*W, C], the samples from `first` on, were drawn from no distribution: the heads
+    give NaN there. Names the first such step."""
+    wrong = values.isnan()
+    if not bool(wrong.any()):
+        return
+    step = spec.timeline.table.reshape(spec.phases, -1).t().to(values.device)  # [H*W, phases]
+    when = torch.where(wrong, step.expand(*wrong.shape[1:]), spec.steps).reshape(len(values), -1).amin(1)
+    sample = int(when.argmin())
+    site, phase = (int(t[int(when[sample])]) for t in (spec.timeline.site, spec.timeline.phase))
+    raise FastgenError(
+        f"sample {first + sample}: the parameters of step {int(when[sample])} (row {site // spec.grid[1]}, column "
+        f"{site % spec.grid[1]}{f', value {phase}' if spec.phases > 1 else ''}) are no distribution: NaN, infinite, or no "
+        "class is possible; forward gives them for what was drawn before (an overflow, a logarithm of 0, a division by 0?)"
+    )
 
 
 def own_copy(c: Any, k: int) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.spec import Spec
-from fastgen.verify import by_step, forward_parameters
+from fastgen.teacher_forced import by_step, forward_parameters
 
 BATCH = 16
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgen.backends.base import Executor
 from fastgen.backends.request import Request
+from fastgen.checks import check_drawn
 from fastgen.errors import Cancelled
 from fastgen.spec import Spec
 from fastgen.view import neutral
@@ -54,11 +55,19 @@ def stream(executor: Executor, spec: Spec, request: Request) -> Iterator[Tensor]
                 raise item
             sites = int(torch.searchsorted(ends, item, right=True)) * unit
             if sites > done:
+                with neutral():
+                    check_drawn(spec, torch.where(_drawn(request.out, done, sites), request.out, 0.0), request.first)
                 yield _chunk(spec, request.out, done, sites).to(executor.device)
                 done = sites
     finally:
         stop.set()
         worker.join()
+
+
+def _drawn(out: Tensor, a: int, b: int) -> Tensor:
+    """Whether values [n, H*W, C] are at sites a to b."""
+    site = torch.arange(out.shape[1])
+    return ((site >= a) & (site < b))[:, None].expand(out.shape[1:]).expand(out.shape)
 
 
 @neutral()

@@ -230,7 +230,7 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_failed_check_exits_with_1(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = fastgen.VerifyReport(False, 1.0, 1.0, 1e-5, 72, 70, 0, 2)
+    wrong = fastgen.VerifyReport(False, 1.0, 1.0, 0.5, 1e-5, 1e-7, 72, 70, 0, 0.1, 2)
     monkeypatch.setattr(fastgen.Sampler, "verify", lambda *_: wrong)
     assert run("verify", saved / "digits", "-q") == 1
     assert "NOT EXACT" in capsys.readouterr().out

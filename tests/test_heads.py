@@ -281,7 +281,96 @@ def test_extreme_logits() -> None:
     masked = torch.tensor([-math.inf, 0.0, -math.inf, 0.0])
     assert set(head.draw(masked, u).unique().tolist()) == {1.0, 3.0}
     assert head.draw(torch.tensor([0.0, 1e30, 0, 0]), u).eq(1).all()
-    assert head.draw(torch.full((4,), math.nan), u).eq(3).all()
+
+
+NO_DISTRIBUTION = [
+    (Categorical(3), [0.0, math.nan, 0.0]), (Categorical(3), [math.nan, 0.0, 0.0]), (Categorical(3), [-math.inf] * 3),
+    (Categorical(3), [0.0, math.inf, 0.0]), (Bernoulli(), [math.nan]), (GaussianMixture(1), [math.nan, 0.0]),
+    (GaussianMixture(1), [math.inf, 0.0]), (GaussianMixture(1), [0.0, math.nan]), (GaussianMixture(1), [0.0, 1e4]),
+    (GaussianMixture(2, value_range=(-1, 1)), [0.0, math.nan, 0, 0, 0, 0]),
+    (GaussianMixture(2, value_range=(-1, 1)), [0.0, 0.0, math.inf, math.inf, 0, 0]),
+    (LogisticMixture(1), [0.0, math.nan, 0.0]), (LogisticMixture(1), [0.0, -math.inf, 0.0]),
+    (LogisticMixture(1), [0.0, 0.0, math.nan]), (LogisticMixture(2), [math.nan, 0, 0, 0, 0, 0]),
+    (LogisticMixture(1), [0.0, 0, 0, 0, 0, 0, math.nan, 0, 0, 0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("head", "params"), NO_DISTRIBUTION)
+def test_what_is_no_distribution_draws_nan(head: Head, params: list[float]) -> None:
+    """In torch and in C++; but what is known stays, and an infinite logit of a coin is certainty."""
+    native = pytest.importorskip("fastgen._native", reason="the extension is not built")
+    theta = torch.tensor(params).expand(500, -1)
+    channels = 3 if len(params) == 10 else 1
+    u = noise(head, channels, 500)
+    drawn = head.draw(theta, u)
+    assert drawn[:, 0].isnan().any() or channels == 3
+    assert drawn.isnan().any() and not drawn.isinf().any()
+    made = native.draw(record(native, head, channels), theta.contiguous().numpy(), u.numpy())
+    torch.testing.assert_close(torch.from_numpy(np.asarray(made)), drawn, equal_nan=True)
+    known = torch.zeros(500, channels)
+    assert head.draw(theta, u, known=known).eq(0).all()
+    assert head.distance(theta, theta).isinf().all() or not theta.isnan().any()
+
+
+def test_certain_coins() -> None:
+    u = noise(Bernoulli(), 1, 50)
+    assert Bernoulli().draw(torch.tensor([math.inf]), u).eq(1).all()
+    assert Bernoulli().draw(torch.tensor([-math.inf]), u).eq(0).all()
+
+
+# ---- how far parameters are apart --------------------------------------------------------------------------------
+def test_distance_of_classes_is_total_variation() -> None:
+    head, a, b = Categorical(3), torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.1, 1.0, 1.9])
+    p, q = a.double().softmax(-1), b.double().softmax(-1)
+    assert float(head.distance(a, b)) == pytest.approx(float((p - q).abs().sum() / 2))
+    u = (torch.arange(200_000) + 0.5)[:, None] / 200_000
+    differ = (head.draw(a.expand(len(u), 3), u) != head.draw(b.expand(len(u), 3), u)).double().mean()
+    assert float(head.mismatch(a, b)) == pytest.approx(float(differ), abs=2e-5)
+    masked = torch.tensor([-1e9, 0.0, 1.0])
+    assert float(head.distance(masked, masked + torch.tensor([1e3, 0.0, 0.0]))) == 0
+    assert float(head.distance(masked, masked + torch.tensor([0.0, 0.5, 0.0]))) > 0.05, "one huge logit hides nothing"
+    coins = Bernoulli()
+    assert float(coins.distance(torch.tensor([0.0]), torch.tensor([1.0]))) == pytest.approx(
+        1 / (1 + math.exp(-1)) - 0.5
+    )
+
+
+@pytest.mark.parametrize("head", [GaussianMixture(2), LogisticMixture(2), LogisticMixture(2, levels=None)])
+def test_distance_bounds_the_total_variation_of_mixtures(head: Head) -> None:
+    """Against the densities (or probabilities) themselves, on a grid; an error below a floor or beyond a tanh is none."""
+    torch.manual_seed(1)
+    a = torch.randn(20, 6).double() * torch.tensor([1, 1, 0.3, 0.3, 0.5, 0.5]) - torch.tensor([0, 0, 0, 0, 2.5, 2.5])
+    b = a + 0.02 * torch.randn(20, 6)
+    if head.grid_levels:
+        x = torch.linspace(-1, 1, 256).double()[:, None, None]
+        p, q = (head.log_prob(t, x.expand(256, 20, 1)).exp() for t in (a, b))
+        variation = (p - q).abs().sum(0) / 2
+    else:
+        x = torch.linspace(-6, 6, 24_001).double()[:, None, None]
+        p, q = (head.log_prob(t, x.expand(24_001, 20, 1)).exp() for t in (a, b))
+        variation = (p - q).abs().sum(0) * (12 / 24_000) / 2
+    assert (head.distance(a, b) >= variation - 1e-6).all()
+    floor = torch.tensor([0.0, 0, 0, 0, -20, -30])
+    assert float(head.distance(floor, floor + torch.tensor([0.0, 0, 0, 0, 5, 9]))) == 0
+    sharp = torch.tensor([0.0, 0, 0, 0, -7, -7])
+    assert float(head.distance(sharp, sharp + torch.tensor([0.0, 0, 1e-3, 1e-3, 0, 0]))) > 1, "of a scale, not of one"
+
+
+def test_ties_excuse_nothing_impossible() -> None:
+    inf, u = math.inf, 0.5 + 2.0**-24
+
+    def excused(head: Head, params: list[float], other: list[float], u: list[float], value: list[float]) -> bool:
+        return bool(head.near_tie(*map(torch.tensor, (params, other, u, value))))
+
+    assert not excused(Categorical(3), [0.0, -inf, 0.0], [0.0, -inf, 0.0], [u], [1.0])
+    assert excused(Categorical(3), [0.0, -inf, 0.0], [1e-6, -inf, 0.0], [u], [0.0])
+    assert not excused(LogisticMixture(1), [0.0, 0.0, -50.0], [0.0, 0.0, -20.0], [0.5, 0.9], [-1.0])
+    assert not excused(GaussianMixture(1), [0.0, -50.0], [0.0, -20.0], [0.5, 0.9], [1e6])
+    saturated, more = (
+        [0.0, 0.9, -7.0, 40.0, 0.0, -7.0, 0.0, 0.0, -7.0, 0.0],
+        [0.0, 0.9, -7.0, 60.0, 0.0, -7.0, 0.0, 0.0, -7.0, 0.0],
+    )
+    assert not excused(LogisticMixture(1), saturated, more, [0.5] * 4, [0.9, -1.0, 0.0])
 
 
 def test_known_values_are_kept_and_seen_by_later_channels() -> None:

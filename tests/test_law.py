@@ -15,7 +15,6 @@ from fastgen.backends.reference import ReferenceExecutor
 from fastgen.backends.request import Request
 from fastgen.heads import GaussianMixture
 from fastgen.native import native
-from fastgen.verify import TOLERANCE
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.oracle import (
@@ -43,6 +42,7 @@ EXECUTORS: dict[str, dict[str, Any]] = {
     "cpu": dict(backend="cpu"),
     "cpu-bf16": dict(backend="cpu", dtype=torch.bfloat16),
 }
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # of the largest parameter; weights rounded, in the second
 executors = pytest.mark.parametrize("executor", EXECUTORS)
 every_case = pytest.mark.parametrize("case", cases(), ids=str)
 A_FEW = by_name(

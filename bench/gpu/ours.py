@@ -167,7 +167,7 @@ def time_nothing(case: Case, sampler: Sampler) -> float:
 def proved(case: Case, sampler: Sampler) -> Row:
     """Stepping against forward; of a sequence whose length nothing else decides, its first sites."""
     found = sampler.verify(length=min(PROOF_SITES, case.spec.sites[0]) if case.audio and not case.cond(1) else None)
-    return {"ok": found.ok, "text": str(found), "max_abs_error": found.max_abs_error, "scale": found.scale}
+    return {"ok": found.ok, "text": str(found), "max_abs_error": found.max_abs_error, "distance": found.distance}
 
 
 def run(case: Case, sampler: Sampler, team: str, dtypes: list[torch.dtype], batches: list[int], seconds: float,

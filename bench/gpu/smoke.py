@@ -2,7 +2,7 @@
 
     python -m bench.gpu.smoke unet-pixelcnnpp --team grid --dtype bfloat16 [--lines FILE]
 
-One row {case, team, dtype, limits, rung, ok, error, scale, draws, near_ties, digest, seconds}: what the device can hold,
+One row {case, team, dtype, limits, rung, ok, error, distance, draws, near_ties, digest, seconds}: what the device can hold,
 and how far stepping is from forward. Equal digests are equal bytes of all values and parameters.
 """
 
@@ -19,7 +19,7 @@ import torch
 from bench.configs import DTYPES
 from bench.gpu.lines import Lines, Row
 from bench.gpu.steps import NOT_RUN_STATUS
-from fastgen.backends.base import Executor
+from fastgen.backends.base import CompiledExecutor
 from fastgen.backends.cuda import TEAMS, CudaExecutor
 from fastgen.backends.request import Request
 from fastgen.verify import verify
@@ -38,13 +38,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(arguments)
 
 
-class Remembering(Executor):
+class Remembering(CompiledExecutor):
     """Another executor, of whose last run it keeps what the bytes were."""
 
     name, digest = "remembering", ""
 
-    def __init__(self, inner: Executor) -> None:
+    def __init__(self, inner: CompiledExecutor) -> None:
         self.inner = inner
+        self.programs, self.conditioning, self.dtype = inner.programs, inner.conditioning, inner.dtype
+        self.rounds_activations = inner.rounds_activations
 
     def run(self, request: Request) -> tuple[torch.Tensor, torch.Tensor | None]:
         values, params = self.inner.run(request)
@@ -65,10 +67,10 @@ def run(name: str, team: str, dtype: torch.dtype) -> Row:
             raise
         return {"ok": None, "why": str(error)}
     began, watched = time.perf_counter(), Remembering(executor)
-    found = verify(sampler.model, sampler.spec, watched, request(case, SAMPLES), dtype)
+    found = verify(sampler.on_cpu, sampler.spec, watched, request(case, SAMPLES))
     return {
         "limits": executor.limits, "rung": executor.rung(SAMPLES)["text"], "ok": found.ok,
-        "error": found.max_abs_error, "scale": found.scale, "draws": f"{found.draws_equal}/{found.draws}",
+        "error": found.max_abs_error, "distance": found.distance, "draws": f"{found.draws_equal}/{found.draws}",
         "near_ties": found.near_ties, "digest": watched.digest, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 

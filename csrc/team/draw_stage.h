@@ -98,6 +98,7 @@ class DrawStage {
     x_.team.sync_warp();
     double total = 0;
     for (int i = 0; i < kLanes; ++i) total += sums_[i];
+    if (!(total > 0)) return -1;
     const double target = u * total;
     double sum = 0;
     int32_t k = 0;

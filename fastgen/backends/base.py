@@ -68,3 +68,17 @@ class Executor(ABC):
     def aside(self) -> AbstractContextManager[Any]:
         """What a thread enters to run beside the thread that calls this, while that goes on using the device."""
         return nullcontext()
+
+
+class CompiledExecutor(Executor):
+    """One that runs programs."""
+
+    programs: Programs
+    conditioning: Conditioning
+    dtype: torch.dtype
+    rounds_activations: bool = False  # too, in products, where weights are in low precision
+
+    @property
+    def weights_in(self) -> torch.dtype:
+        """The dtype of its weights."""
+        return self.dtype

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Executor, Setting
+from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
 from fastgen.errors import Cancelled
@@ -19,7 +19,7 @@ ARENA_LIMIT = 1 << 29  # bytes of activations in flight
 MOST_SLOTS = 64
 
 
-class CpuExecutor(Executor):
+class CpuExecutor(CompiledExecutor):
     """float32 or bfloat16 weights, float32 arithmetic. Threads: None takes the CPUs this process may use."""
 
     name = "cpu"

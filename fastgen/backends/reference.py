@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import rng
-from fastgen.backends.base import Executor, Setting
+from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
 from fastgen.errors import Cancelled
@@ -176,7 +176,7 @@ class Machine:
                 self.op(op, qi.to(self.device), qj.to(self.device))
 
 
-class ReferenceExecutor(Executor):
+class ReferenceExecutor(CompiledExecutor):
     """Any torch device; float64 where asked for."""
 
     name = "reference"
@@ -197,6 +197,11 @@ class ReferenceExecutor(Executor):
     def make(cls, setting: Setting) -> Self:
         """See Executor."""
         return cls(setting.programs, setting.conditioning, weight_dtype=setting.dtype)
+
+    @property
+    def weights_in(self) -> torch.dtype:
+        """See CompiledExecutor."""
+        return self.weight_dtype
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """See Executor."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastgen.backends.base import Executor, Setting
+from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
 from fastgen.native import native
@@ -34,7 +34,7 @@ class Lowered:
     column_stages: int
 
 
-class TeamExecutor(Executor):
+class TeamExecutor(CompiledExecutor):
     """What both kinds share: lowering, the memory of a run, and the words that teams and host exchange."""
 
     def __init__(
@@ -48,6 +48,7 @@ class TeamExecutor(Executor):
         self.programs, self.conditioning, self.dtype, self.device = programs, conditioning, dtype, device
         self.shared_bytes = shared_bytes  # of a CTA
         self.precision = PRECISIONS[dtype]
+        self.rounds_activations = dtype != torch.float32
         self._native = native()
         self._lowered: dict[int | None, Lowered] = {}
 

@@ -125,3 +125,13 @@ class Graph:
     answers: list[bool | None] = field(
         default_factory=list
     )  # to what Python asks in forward, in turn; None: a constant's
+
+    def made_by_map(self, index: int) -> bool:
+        """Whether a node is the result of a function of one value, under whatever names it was passed on."""
+        node = self.nodes[index]
+        while not node.linear and node.name in ("copy", "affine"):
+            reads = node.reads()
+            if len(reads) != 1:
+                return False
+            node = self.nodes[reads[0].ref.node]
+        return not node.linear and not node.source and node.name not in ("add", "sub", "mul")

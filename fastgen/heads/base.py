@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastgen.errors import ShapeError
 
@@ -85,6 +84,14 @@ class Head(ABC):
         """Log-likelihood in nats of value [..., V] under params [..., P]: [...], in the dtype of params."""
 
     @abstractmethod
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """As `distance`, of float64 parameters [..., P]."""
+
+    @abstractmethod
+    def _mismatch(self, a: Tensor, b: Tensor) -> Tensor:
+        """As `mismatch`, of float64 parameters [..., P]."""
+
+    @abstractmethod
     def _explained(self, params: Tensor, error: Tensor, uniforms: Tensor, value: Tensor, t: float) -> Tensor:
         """Whether parameters within `error` of `params` could have given `value`; all float64; bool [...]."""
 
@@ -120,15 +127,33 @@ class Head(ABC):
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0, known: Tensor | None = None) -> Tensor:
         """The value that the uniforms pick: params [..., P], uniforms [..., U] -> float32 [..., V].
 
+        Where the parameters are no distribution (NaN, no finite logit, an infinite mean), the value is NaN.
         temperature > 0 divides logits and multiplies scales. known [..., V]: values that are not drawn (NaN:
         drawn); later channels of the step see them. Leading axes broadcast. Raises ShapeError, ValueError
         (temperature).
         """
         params, uniforms, temperature = self._checked(params, uniforms, temperature)
         value = self._draw(params, uniforms, temperature, known)
+        value = torch.where(value.isfinite(), value, math.nan)
         if known is not None:
             value = torch.where(known.isnan(), value, known)
         return value.to(torch.float32)
+
+    def distance(self, params: Tensor, other: Tensor) -> Tensor:
+        """An upper bound of the total variation between what params [..., P] and other [..., P] draw: [...].
+
+        Exact for classes. For mixtures: that of the weights, and the weighted mean of what an error of a mean comes to in
+        units of its scale and of a log-scale, after its floor; it may be above 1. Infinite where either has NaN.
+        """
+        return self._distance(params.double(), other.double()).nan_to_num(math.inf)
+
+    def mismatch(self, params: Tensor, other: Tensor) -> Tensor:
+        """About how probable it is that the same uniforms draw another value from other than from params: [...].
+
+        Exact for classes; for values on a grid, what the means and scales move by in units of the grid. Infinite where
+        either has NaN.
+        """
+        return self._mismatch(params.double(), other.double()).nan_to_num(math.inf)
 
     def near_tie(
         self, params: Tensor, other_params: Tensor, uniforms: Tensor, value: Tensor, temperature: float = 1.0
@@ -167,13 +192,13 @@ class Head(ABC):
 
     # ---- encoding ------------------------------------------------------------------------------------------
     def encode(self, value: Tensor) -> Tensor:
-        """What forward's input holds for a value: [..., V] -> float32 [..., V * enc].
+        """What forward's input holds for a value: [..., V] -> float32 [..., V * enc]; for NaN, that of class 0.
 
         Raises ValueError for a class index out of range.
         """
         if self.table is None:
-            return value.to(torch.float32)
-        return self.table.to(value.device)[self._index(value)].flatten(-2)
+            return (value.nan_to_num(0.0) if self.discrete else value).to(torch.float32)
+        return self.table.to(value.device)[self._index(value.nan_to_num(0.0))].flatten(-2)
 
     def _index(self, value: Tensor) -> Tensor:
         """Class indices as int64."""
@@ -287,25 +312,3 @@ def _readings(
             strides = tuple(s for s, size in zip(read.stride(), read.shape, strict=True) if size > 1)
             found.setdefault((shape, count, strides), (name, count, shape))
     return list(found.values())
-
-
-# ---- inverse CDF -------------------------------------------------------------------------------------------
-def pick(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Inverse CDF of a softmax: the first k with cumsum_k > u * total. [..., n], [...] -> int64 [...]."""
-    weights = torch.exp((logits - logits.amax(-1, keepdim=True)) / temperature)
-    cumulative = weights.cumsum(-1)
-    beyond = cumulative > u[..., None] * cumulative[..., -1:]
-    return (~beyond).sum(-1).clamp(max=logits.shape[-1] - 1)
-
-
-def pickable(logits: Tensor, error: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Classes that `pick` gives for some logits within `error` of these: bool [..., n]."""
-    z, e = logits / temperature, error / temperature
-    top = (z + e).amax(-1, keepdim=True)
-    most, least = torch.exp(z + e - top), torch.exp(z - e - top)
-    below = pad(least.cumsum(-1), (1, -1))  # the least mass in front of each class
-    above = pad(least.flip(-1).cumsum(-1), (1, -1)).flip(-1)
-    first = below / (below + most.flip(-1).cumsum(-1).flip(-1))  # the smallest CDF in front of it
-    last = most.cumsum(-1)
-    last = last / (last + above)  # the largest CDF up to it
-    return (first <= u[..., None]) & (u[..., None] < last)

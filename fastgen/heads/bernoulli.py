@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,7 +50,14 @@ class Bernoulli(Head):
         return 1
 
     def _draw(self, params: Tensor, uniforms: Tensor, temperature: float, known: Tensor | None) -> Tensor:
-        return (uniforms < torch.sigmoid(params / temperature)).to(torch.float64)
+        drawn = (uniforms < torch.sigmoid(params / temperature)).to(torch.float64)
+        return torch.where(params.isnan(), math.nan, drawn)
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return (torch.sigmoid(a) - torch.sigmoid(b)).abs()[..., 0]
+
+    def _mismatch(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._distance(a, b)
 
     def log_prob(self, params: Tensor, value: Tensor) -> Tensor:
         self._channels_of(params.shape[-1])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgen.errors import ShapeError
-from fastgen.heads.base import Head, check_layout, pick, pickable
+from fastgen.heads.base import Head, check_layout
+from fastgen.heads.choice import pick, pickable, possible, unequal, variation
 
 ENCODINGS = ("index", "onehot", "unit", "symmetric", "mulaw")
 
@@ -82,7 +83,14 @@ class Categorical(Head):
         return 1
 
     def _draw(self, params: Tensor, uniforms: Tensor, temperature: float, known: Tensor | None) -> Tensor:
-        return pick(params, uniforms[..., 0], temperature)[..., None].to(torch.float64)
+        drawn = pick(params, uniforms[..., 0], temperature).to(torch.float64)
+        return torch.where(possible(params), drawn, math.nan)[..., None]
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return variation(a, b)
+
+    def _mismatch(self, a: Tensor, b: Tensor) -> Tensor:
+        return unequal(a, b)
 
     def log_prob(self, params: Tensor, value: Tensor) -> Tensor:
         self._channels_of(params.shape[-1])
@@ -92,7 +100,7 @@ class Categorical(Head):
         return log_p.expand(*lead, self.n).gather(-1, index.expand(*lead, 1))[..., 0]
 
     def _explained(self, params: Tensor, error: Tensor, uniforms: Tensor, value: Tensor, t: float) -> Tensor:
-        possible = pickable(params, error, uniforms[..., 0], t)
-        value = value.expand(*possible.shape[:-1], 1)
+        likely = pickable(params, error, uniforms[..., 0], t)
+        value = value.expand(*likely.shape[:-1], 1)
         index = value.nan_to_num(-1).clamp(0, self.n - 1).long()  # what is no class of ours has no explanation
-        return (possible.gather(-1, index) & (index == value))[..., 0]
+        return (likely.gather(-1, index) & (index == value))[..., 0]

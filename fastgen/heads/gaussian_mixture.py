@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.heads.base import Head, check_layout, pick, pickable
+from fastgen.heads.base import Head, check_layout
+from fastgen.heads.choice import pick, pickable, possible, scale_error, variation
 
 _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
@@ -70,10 +71,21 @@ class GaussianMixture(Head):
         logits, means, log_scales = self._split(params)
         component = pick(logits, uniforms[..., 0], temperature)[..., None]
         mean, scale = means.gather(-1, component), self._scales(log_scales).gather(-1, component)
-        return self._clipped(mean + scale * temperature * torch.special.ndtri(uniforms[..., 1:]))
+        drawn = self._clipped(mean + scale * temperature * torch.special.ndtri(uniforms[..., 1:]))
+        return torch.where(possible(logits)[..., None], drawn, math.nan)
 
     def _clipped(self, x: Tensor) -> Tensor:
+        x = torch.where(x.isfinite(), x, math.nan)
         return x if self.clip is None else x.clamp(*self.clip)
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        (p, m, s), (q, n, t) = self._split(a), self._split(b)
+        s, t = s.clamp(min=self.floor), t.clamp(min=self.floor)
+        parts = (m - n).abs() / torch.minimum(s, t).exp() + (s - t).abs()
+        return variation(p, q) + (p.softmax(-1) * parts).sum(-1)
+
+    def _mismatch(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._distance(a, b)
 
     def log_prob(self, params: Tensor, value: Tensor) -> Tensor:
         self._channels_of(params.shape[-1])
@@ -87,7 +99,7 @@ class GaussianMixture(Head):
         logits, means, log_scales = self._split(params)
         logit_error, mean_error, log_scale_error = self._split(error)
         deviation = self._scales(log_scales) * t * torch.special.ndtri(uniforms[..., 1:])
-        allowed = mean_error + deviation.abs() * torch.expm1(log_scale_error)
+        allowed = mean_error + deviation.abs() * scale_error(log_scales, log_scale_error, self.floor)
         close = (self._clipped(means + deviation) - value).abs() <= allowed
-        possible = pickable(logits, logit_error, uniforms[..., 0], t)
-        return torch.any(possible & close, -1)
+        likely = pickable(logits, logit_error, uniforms[..., 0], t)
+        return torch.any(likely & close, -1)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from fastgen.errors import ShapeError
-from fastgen.heads.base import Head, check_layout, pick, pickable
+from fastgen.heads.base import Head, check_layout
+from fastgen.heads.choice import pick, pickable, possible, scale_error, unequal, variation
 
 
 class _Parts(NamedTuple):
@@ -107,11 +108,11 @@ class LogisticMixture(Head):
             if known is not None:
                 x = torch.where(known[..., channel].isnan(), x, known[..., channel].to(x))
             values.append(x)
-        return torch.stack(values, -1)
+        return torch.where(possible(parts.logits)[..., None], torch.stack(values, -1), math.nan)
 
     def _rounded(self, x: Tensor) -> Tensor:
         """Clipped, on the grid and in float32 precision, as later channels and forward's input see it."""
-        x = x.clamp(-1, 1)
+        x = torch.where(x.isfinite(), x, math.nan).clamp(-1, 1)
         if self.levels is not None:
             half = 0.5 * (self.levels - 1)
             x = ((x + 1) * half).round() / half - 1
@@ -130,21 +131,49 @@ class LogisticMixture(Head):
         )
         return (log_p.sum(-2) + parts.logits.log_softmax(-1)).logsumexp(-1)
 
+    # ---- how far parameters are apart ----------------------------------------------------------------------
+    def _moved(self, a: _Parts, b: _Parts) -> tuple[Tensor, Tensor, Tensor]:
+        """By how much means and log-scales differ, and the smaller scale: [..., C, M], colours before at their farthest."""
+        means = (a.means - b.means).abs()
+        if a.coefficients is not None and b.coefficients is not None:
+            c = (torch.tanh(a.coefficients) - torch.tanh(b.coefficients)).abs()
+            means = means + _colour_shift(c, torch.ones_like(c))
+        s, t = a.log_scales.clamp(min=self.floor), b.log_scales.clamp(min=self.floor)
+        return means, (s - t).abs(), torch.minimum(s, t).exp()
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        p, q = self._split(a), self._split(b)
+        means, log_scales, scale = self._moved(p, q)
+        parts = (means / scale + log_scales).sum(-2)
+        return variation(p.logits, q.logits) + (p.logits.softmax(-1) * parts).sum(-1)
+
+    def _mismatch(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.levels is None:
+            return self._distance(a, b)
+        p, q = self._split(a), self._split(b)
+        means, log_scales, scale = self._moved(p, q)
+        # A value changes where it is within its shift of the edge of a bin; E |logistic| = 2 log 2.
+        shift = means + scale * log_scales * 2 * math.log(2)
+        parts = (shift * 0.5 * (self.levels - 1)).sum(-2)
+        return unequal(p.logits, q.logits) + (p.logits.softmax(-1) * parts).sum(-1)
+
     # ---- ties ----------------------------------------------------------------------------------------------
     def _explained(self, params: Tensor, error: Tensor, uniforms: Tensor, value: Tensor, t: float) -> Tensor:
         parts, errors = self._split(params), self._split(error)
         x = value[..., None]  # the channels before, too, are as the executor drew them
         mean_error = errors.means
-        if errors.coefficients is not None:  # tanh does not enlarge an error
-            mean_error = mean_error + _colour_shift(errors.coefficients, x.abs())
+        if errors.coefficients is not None and parts.coefficients is not None:
+            c = torch.tanh(parts.coefficients)
+            away = [(torch.tanh(parts.coefficients + e) - c).abs() for e in (errors.coefficients, -errors.coefficients)]
+            mean_error = mean_error + _colour_shift(torch.maximum(*away), x.abs())
         scales = parts.log_scales.clamp(min=self.floor).exp() * t
         deviation = scales * _logistic(uniforms[..., 1:])[..., None]
-        allowed = mean_error + deviation.abs() * torch.expm1(errors.log_scales)
+        allowed = mean_error + deviation.abs() * scale_error(parts.log_scales, errors.log_scales, self.floor)
         bin_half = 0.0 if self.levels is None else 1.0 / (self.levels - 1)
         raw = (_conditional_means(parts, x) + deviation).clamp(-1, 1)
         close = ((raw - x).abs() <= allowed + bin_half).all(-2)
-        possible = pickable(parts.logits, errors.logits, uniforms[..., 0], t)
-        return torch.any(possible & close, -1)
+        likely = pickable(parts.logits, errors.logits, uniforms[..., 0], t)
+        return torch.any(likely & close, -1)
 
 
 def _select(x: Tensor, component: Tensor) -> Tensor:

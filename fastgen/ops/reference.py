@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.heads.base import pick
+from fastgen.heads.choice import pick
 from fastgen.heads.logistic_mixture import LogisticMixture
 from fastgen.rng import uniforms
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fastgen.errors import UnsupportedError
@@ -59,3 +61,16 @@ class Programs:
                 f"{2 * plan.reach} sites to sample more than {planned}"
             )
         return length
+
+
+class RoundedPrograms(Programs):
+    """The programs in float32 whose weights are rounded as those of a low precision are."""
+
+    def __init__(self, programs: Programs, rounding: torch.dtype) -> None:
+        self.programs, self.rounding = programs, rounding
+
+    def __call__(self, length: int | None = None, dtype: torch.dtype = torch.float32) -> Program:
+        """See Programs."""
+        program = self.programs(length)
+        weights = torch.from_numpy(program.weights).to(self.rounding).float().numpy()
+        return replace(program, weights=weights)
