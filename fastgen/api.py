@@ -90,8 +90,10 @@ def compile(
     sampler = Sampler(model, spec, cond, backend, dtype, threads, at, team)
     if verify and not EXECUTORS[backend].oracle:
         report = sampler.verify()
-        if report.ok and sampler.any_length:  # another length too, a crooked one
-            report = sampler.verify(length=min(sampler.plan.spec.sites[0], 512) * 5 // 8 | 1, temperature=0.8)
+        if report.ok and sampler.any_length:
+            report = sampler.verify(length=sampler.crooked_length, temperature=0.8)
+        if not report.ok and sampler.fix_length():  # a sequence whose sites are not alike
+            report = sampler.verify()
         if not report.ok:
             why = diagnose(sampler.on_cpu, sampler.spec, Request(2, 0, cond=cond))
             raise VerifyError(f"stepping does not reproduce forward ({report}): {why}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastgen.errors import FastgenError, ShapeError
 from fastgen.spec import Spec
@@ -87,7 +88,15 @@ def check_drawn(spec: Spec, values: Tensor, first: int) -> None:
 def own_copy(c: Any, k: int) -> Any:
     """The k-th conditioning input, on the CPU and apart from the caller's memory and history. Raises ValueError."""
     if not isinstance(c, Tensor):
+        inside = [t for t in tree_leaves(c) if isinstance(t, Tensor)]
+        if inside:
+            raise TypeError(
+                f"cond[{k}] is a {type(c).__name__} that holds tensors; expected tensors themselves, or Python values that "
+                "compile binds (wrap the module in one whose forward takes the tensors one by one)"
+            )
         return c
+    if c.layout != torch.strided:
+        raise TypeError(f"cond[{k}] is {c.layout}; expected a dense tensor (cond[{k}].to_dense())")
     c = c.detach().cpu().clone(memory_format=torch.contiguous_format)
     if c.is_floating_point() or c.is_complex():
         bad = int((~c.isfinite()).sum())

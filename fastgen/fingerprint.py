@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import FastgenError
 from fastgen.native import native
-from fastgen.view import CONTAINERS, SIMPLE
+from fastgen.view import CONTAINERS, SIMPLE, content
 
 # Of a module's own attributes, what has no say in what forward gives.
 ASIDE = frozenset(
@@ -20,6 +24,7 @@ ASIDE = frozenset(
      "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"]
 )  # fmt: skip
 MISSING = object()
+DEEP = 3  # objects inside of objects
 Place = tuple[str, Any]  # the name of a holder of values, and a key in it
 
 
@@ -42,12 +47,15 @@ class Mark:
     """What a tensor was: its shape, its type, and a checksum of its bytes in their order."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Any
     total: int
 
     @staticmethod
-    def of(t: Tensor) -> Mark:
-        """The mark of a tensor as it is now: one read of it."""
+    def of(t: Tensor | numpy.ndarray[Any, Any]) -> Mark:
+        """The mark of a tensor or array as it is now: one read of it."""
+        if isinstance(t, numpy.ndarray):
+            raw = t.tobytes() if t.dtype != object else repr(t).encode()
+            return Mark(t.shape, t.dtype, zlib.crc32(raw))
         t = t.detach()
         return Mark(tuple(t.shape), t.dtype, _checksum(t))
 
@@ -83,7 +91,7 @@ class Fingerprint:
         self.marks: dict[Place, Mark] = {}
         for h in self.holders:
             for key, value in h.values.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor | numpy.ndarray):
                     self.marks[h.name, key] = Mark.of(value)
 
     def changed(self, aside: frozenset[Place] | set[Place] = frozenset()) -> Iterator[tuple[Place, str]]:
@@ -98,7 +106,7 @@ class Fingerprint:
                     yield place, h.path(key)
 
     def _differs(self, place: Place, was: Any, value: Any) -> bool:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | numpy.ndarray):
             return self.marks.get(place) != Mark.of(value)
         if value is was:
             return False
@@ -122,18 +130,23 @@ def _holders(root: nn.Module) -> Iterator[Holder]:
                 value = value.__self__
             if isinstance(value, nn.Module):
                 todo.append((child, value, 0))
-            elif isinstance(value, CONTAINERS):
+            elif isinstance(value, (*CONTAINERS, functools.partial, types.FunctionType)):
                 todo.append((child, value, depth))
-            elif depth == 0 and _plain_object(value):
+            elif depth < DEEP and _plain_object(value):
                 todo.append((child, value, depth + 1))
 
 
 def _plain_object(value: Any) -> bool:
-    known = ("torch", "builtins", "numpy", "functools", "types", "collections", "weakref", "threading", "_thread")
-    return isinstance(getattr(value, "__dict__", None), dict) and not (
-        isinstance(value, Tensor | type | types.ModuleType | types.FunctionType)
-        or type(value).__module__.split(".")[0] in known
-    )
+    if isinstance(value, types.SimpleNamespace):
+        return True
+    home = type(value).__module__.split(".")[0]
+    known = home in sys.stdlib_module_names or home in ("torch", "numpy")
+    return not known and (isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(value)))
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    names = [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ()) if isinstance(n, str)]
+    return {n: getattr(value, n) for n in names if not n.startswith("__") and hasattr(value, n)}
 
 
 def _values(box: Any) -> dict[Any, Any]:
@@ -141,9 +154,20 @@ def _values(box: Any) -> dict[Any, Any]:
         return dict(box)
     if isinstance(box, CONTAINERS):
         return dict(enumerate(box))
+    if isinstance(box, functools.partial):
+        return {"func": box.func, "args": box.args, "keywords": box.keywords}
+    if isinstance(box, types.FunctionType):
+        cells = zip(box.__code__.co_freevars, box.__closure__ or (), strict=True)
+        return {**{n: content(c) for n, c in cells}, **vars(box), "__defaults__": box.__defaults__}
+    own = dict(getattr(box, "__dict__", {}))
     if isinstance(box, nn.Module):
-        return {k: v for k, v in vars(box).items() if k not in ASIDE}
-    return dict(vars(box))
+        own = {k: v for k, v in own.items() if k not in ASIDE}
+    theirs = type(box).__module__.split(".")[0] not in ("torch", "builtins")
+    shared = vars(type(box)) if theirs else {}  # of the class, as far as they are values
+    return {
+        **{k: v for k, v in shared.items() if not k.startswith("__") and isinstance(v, (*SIMPLE, Tensor, *CONTAINERS))},
+        **_slots(box), **own,
+    }  # fmt: skip
 
 
 def _checksum(t: Tensor) -> int:

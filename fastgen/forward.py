@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 
-FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError)
 
 
 def device_of(model: nn.Module) -> torch.device:

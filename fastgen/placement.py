@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from fastgen.backends.registry import AUTO, BACKENDS, EXECUTORS
 from fastgen.errors import UnsupportedError
 from fastgen.forward import device_of
+from fastgen.view import copied
 
 
 def placed(model: nn.Module, device: str | torch.device | None, backend: str) -> tuple[torch.device, str]:
@@ -42,15 +41,3 @@ def in_float32(view: nn.Module) -> tuple[nn.Module, str]:
             if isinstance(value, Tensor) and value.dtype in kinds:
                 vars(module)[name] = value.float()
     return made, " and ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
-
-
-def copied(view: nn.Module) -> nn.Module:
-    """Tensors that are plain attributes (masks, what hooks compute) come along, detached and on the CPU: `deepcopy`
-    refuses those with a history, and `Module.cpu` leaves them where they are."""
-    memo: dict[int, Tensor] = {}
-    elsewhere = device_of(view).type != "cpu"
-    for module in view.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                memo[id(value)] = value.detach().cpu().clone() if elsewhere else value.detach().clone()
-    return copy.deepcopy(view, memo)

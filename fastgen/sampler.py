@@ -14,8 +14,9 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import check_drawn, conditioning_of, known_values, scored_values, temperature_of, whole_number
-from fastgen.errors import ModelChangedError
+from fastgen.errors import FastgenError, ModelChangedError, UnsupportedError
 from fastgen.fingerprint import Fingerprint, check_finite
+from fastgen.lengths import lengths_of, odd_site
 from fastgen.likelihood import bits_per_dim, log_prob
 from fastgen.placement import in_float32, on_cpu
 from fastgen.plan.build import build_plan
@@ -61,11 +62,21 @@ class Sampler:
         # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
         model = self.on_cpu = on_cpu(self.view)
         before = Fingerprint(model)
-        self.plan: Plan = build_plan(model, self.spec, self.example)
+        self._plan(whole=False)
+        if self.any_length:
+            kind = lengths_of(model, self.spec, self.example, self.plan.receptive_field[-1], self.plan.spec.sites[0])
+            if kind == "one" or (kind == "ends" and not self._proved_along()):
+                self._plan(whole=True)
         # What forward itself writes (counters, caches) is not the person's to change; weights that it masks are.
         self._aside = {place for place, _ in before.changed() if not place[0].endswith("_parameters")}
         if kinds:
             self.plan.notes["weights"] = f"{kinds}, computed in float32"
+        self._marks = Fingerprint(unwrapped(self.model))
+
+    def _plan(self, whole: bool) -> None:
+        """Plans, and makes the executor. whole: a sequence for its own length alone."""
+        model = self.on_cpu
+        self.plan: Plan = build_plan(model, self.spec, self.example, whole)
         self.spec = replace(self.spec, head=self.plan.spec.head, layout=self.plan.spec.layout)
         self.programs = Programs(self.plan)
         self.conditioning = Conditioning(model, self.plan.spec, self.plan.graph)
@@ -75,7 +86,28 @@ class Sampler:
         self.executor: Executor = EXECUTORS[self.backend].make(setting)
         if self.executor.describe():
             self.plan.notes[self.executor.name] = self.executor.describe()
-        self._marks = Fingerprint(unwrapped(self.model))
+        self._longest = self.spec.sites[0]  # that forward was seen to be the same at
+
+    def _proved_along(self) -> bool:
+        """Whether stepping is right at the sequence's own length and at a crooked one (or at their first sites)."""
+        try:
+            return all(
+                self._verify(2, 0, n, t).ok for n, t in ((self._proof_length(), 1.0), (self.crooked_length, 0.8))
+            )
+        except (FastgenError, ValueError):
+            return False
+
+    def fix_length(self) -> bool:
+        """Plans a sequence again for its own length alone, if that is not what was done."""
+        if not self.plan.schedule.sequence:
+            return False
+        self._plan(whole=True)
+        return True
+
+    @property
+    def crooked_length(self) -> int:
+        """Another length than the planned one, and no multiple of anything."""
+        return min(self.plan.spec.sites[0], 512) * 5 // 8 | 1
 
     @property
     def any_length(self) -> bool:
@@ -110,6 +142,7 @@ class Sampler:
         the first sample, so that shards agree with the whole. length: sites of a sequence. callback(done, total) is
         called as steps finish; returning False raises Cancelled. Raises ShapeError, ValueError, ModelChangedError.
         """
+        self._check_weights()
         request = self._request(n, seed, cond, temperature, given, mask, first, length)
         spec = self._spec_at(length)
         slots = self.executor.slots(request.length)
@@ -134,6 +167,7 @@ class Sampler:
         unknown = set(options) - set(defaults)
         if unknown:
             raise TypeError(f"stream: unknown option {sorted(unknown)[0]!r}; expected {', '.join(defaults)}")
+        self._check_weights()
         request = self._request(n, **{**defaults, **options})
         return stream(self.executor, self._spec_at(length), request) if request.slots else iter(())
 
@@ -160,8 +194,12 @@ class Sampler:
         """
         n = whole_number(n, "n", "a number of samples", least=1)
         self._check_weights()
-        if length is None and self.any_length:
-            length = min(self.spec.sites[0], VERIFY_SITES)
+        return self._verify(n, seed, self._proof_length() if length is None else length, temperature)
+
+    def _proof_length(self) -> int | None:
+        return min(self.spec.sites[0], VERIFY_SITES) if self.any_length else None
+
+    def _verify(self, n: int, seed: int, length: int | None, temperature: float) -> VerifyReport:
         request = self._request(n, seed, None, temperature, None, None, 0, length)
         request.want_params = True
         spec = self._spec_at(length)
@@ -181,7 +219,6 @@ class Sampler:
         first: int,
         length: int | None,
     ) -> Request:
-        self._check_weights()
         n = whole_number(n, "n", "a number of samples")
         first = whole_number(first, "first", "a sample index", most=(1 << 63) - 1 - n)
         spec = self._spec_at(length)
@@ -195,7 +232,16 @@ class Sampler:
             return self.spec
         if not self.spec.sequence:
             raise ValueError(f"length={length!r}: only sequences have a length; samples are {self.spec.shape}")
-        return self.spec.at_length(whole_number(length, "length", "a number of sites", least=1))
+        spec = self.spec.at_length(whole_number(length, "length", "a number of sites", least=1))
+        if spec.sites[0] > self._longest and self.any_length:
+            odd = odd_site(self.on_cpu, spec, self.example, self.plan.receptive_field[-1], self.plan.spec.sites[0])
+            if odd is not None:
+                raise UnsupportedError(
+                    f"length {length}: forward does something else from site {odd} on than before (positions, or a constant "
+                    f"along the sequence), and the plan was made at {self.plan.spec.sites[0]} sites; compile with that length"
+                )
+            self._longest = spec.sites[0]
+        return spec
 
     def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
         long = self.spec.sequence and isinstance(x, Tensor)

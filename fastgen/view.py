@@ -7,9 +7,11 @@ never meet in one module's state.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath
 
-CONTAINERS = (list, tuple, set, frozenset, dict)  # with their subclasses
+CONTAINERS = (list, tuple, set, frozenset, dict, collections.deque)  # with their subclasses
 SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 TRACED = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
 
@@ -52,6 +54,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def copied(view: nn.Module) -> nn.Module:
+    """Tensors that are plain attributes (masks, what hooks compute) come along, detached and on the CPU: `deepcopy`
+    refuses those with a history, and `Module.cpu` leaves them where they are."""
+    memo: dict[int, Tensor] = {}
+    elsewhere = next((p.device for p in view.parameters()), torch.device("cpu")).type != "cpu"
+    for module in view.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                memo[id(value)] = value.detach().cpu().clone() if elsewhere else value.detach().clone()
+    return copy.deepcopy(view, memo)
+
+
 class _Copier:
     """Copies what holds modules or may be written to, once each; everything else is shared."""
 
@@ -59,6 +73,7 @@ class _Copier:
         self.known: dict[int, Any] = {}
         self.keep: list[Any] = []  # so that no id is taken twice
         self.shells: list[nn.Module] = []
+        self.storages: dict[int, torch.UntypedStorage] = {}
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, (*SIMPLE, type, types.ModuleType)):
@@ -79,7 +94,7 @@ class _Copier:
         if isinstance(value, nn.Parameter):
             return value
         if isinstance(value, Tensor):
-            return value.detach().clone() if type(value) is Tensor else value
+            return self._tensor(value)
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, CONTAINERS):
@@ -94,6 +109,16 @@ class _Copier:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         return self._object(value)
+
+    def _tensor(self, t: Tensor) -> Tensor:
+        """A copy that shares its storage with the copies of those that it shares it with."""
+        if type(t) is not Tensor or t.layout != torch.strided or t.is_quantized:
+            return t
+        storage = t.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage.clone()
+        other = torch.empty(0, dtype=t.dtype, device=t.device)
+        return other.set_(self.storages[storage._cdata], t.storage_offset(), t.shape, t.stride())
 
     def _module(self, module: nn.Module) -> nn.Module:
         shell: nn.Module = object.__new__(type(module))
@@ -128,27 +153,29 @@ class _Copier:
             return value
 
     def _function(self, function: types.FunctionType) -> Any:
-        """A function whose closure holds modules (a forward put in place of another), over their shells."""
+        """A function over the copies of what its closure and its defaults hold (a forward put in place of another)."""
         cells = function.__closure__ or ()
-        old = [_content(c) for c in cells]
-        if not any(isinstance(v, nn.Module) for v in old):
+        old = [content(c) for c in cells]
+        new = [self(v) for v in old]
+        defaults = self(function.__defaults__)
+        if all(a is b for a, b in zip(old, new, strict=True)) and not any(map(_mutable, function.__defaults__ or ())):
             return function
-        new = [c if not isinstance(v, nn.Module) else types.CellType(self(v)) for c, v in zip(cells, old, strict=True)]
-        made = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(new)
-        )
+        kept = [c if a is b else types.CellType(b) for c, a, b in zip(cells, old, new, strict=True)]
+        made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, tuple(kept))
         made.__kwdefaults__ = function.__kwdefaults__
         made.__dict__.update(function.__dict__)
         return made
 
     def _object(self, value: Any) -> Any:
-        """A plain object that holds modules somewhere, with their shells in it; others are shared."""
+        """An object of a class of the person's, or one that holds modules somewhere, with their shells in it."""
         own = getattr(value, "__dict__", None)
-        if type(value).__module__.split(".")[0] in ("torch", "builtins") or not isinstance(own, dict):
+        home = type(value).__module__.split(".")[0]
+        if home in ("torch", "builtins") or not isinstance(own, dict):
+            return value
+        theirs = home not in sys.stdlib_module_names and home not in ("numpy", "transformers", "lightning")
+        if not theirs and not isinstance(value, types.SimpleNamespace) and not _reaches_module(own.values()):
             return value
         inside = {k: self(v) for k, v in own.items()}
-        if not _reaches_module(own.values()):
-            return value
         try:
             made = object.__new__(type(value))
             made.__dict__.update(inside)
@@ -178,7 +205,12 @@ def _reaches_module(values: Any, depth: int = 4) -> bool:
     return False
 
 
-def _content(cell: types.CellType) -> Any:
+def _mutable(value: Any) -> bool:
+    return isinstance(value, (nn.Module, Tensor, *CONTAINERS))
+
+
+def content(cell: types.CellType) -> Any:
+    """What a cell of a closure holds."""
     try:
         return cell.cell_contents
     except ValueError:  # not bound yet

@@ -496,11 +496,14 @@ def test_changed_weights_are_refused_until_refreshed() -> None:
     assert sampler.verify().ok and not torch.equal(sampler.sample(2), old)
 
 
+FORWARDS: list[int] = []
+
+
 def test_conditioning_is_computed_once() -> None:
     """What depends on labels alone is torch's to compute: once for each label, whatever the batch and the call."""
     model = GatedPixelCNN(levels=7, dim=8, layers=2, classes=5, shape=(4, 4), hidden=8, first_kernel=3)
-    forwards: list[int] = []
-    model.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+    forwards = FORWARDS  # no closure over it, of which the sampler's view would have a copy
+    model.register_forward_pre_hook(lambda module, args: FORWARDS.append(len(args[0])))
     sampler = fastgen.compile(model, verify=False)
     forwards.clear()
     labels = torch.tensor([3, 1, 3, 3])

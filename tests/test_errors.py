@@ -286,7 +286,7 @@ def test_wrong_length(wrong: str, compiled: Compiled) -> None:
 def test_a_short_plan_says_what_would_serve(compiled: Compiled) -> None:
     case = by_name("wavenet-onehot")[0]
     for length in (20, 100):
-        with pytest.raises(UnsupportedError, match=rf"length {length}.*48 only.*at least 64"):
+        with pytest.raises(UnsupportedError, match=rf"length {length}.*48 sites only.*fewer than 64"):
             compiled(case).sample(1, length=length)
     with pytest.raises(ValueError, match="only sequences"):
         compiled(by_name("masked-mlp")[0]).sample(1, length=20)

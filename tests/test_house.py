@@ -25,7 +25,7 @@ FLOORS = (
     ("placement", "teacher_forced"),
     ("variations",),
     ("diagnose",),
-    ("verify", "likelihood", "stream"),
+    ("verify", "likelihood", "lengths", "stream"),
     ("sampler",),
     ("api", "pretrained"),
     ("train",),

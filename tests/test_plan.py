@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import Sampler, VerifyError
+from fastgen import Sampler
 from fastgen.backends import reference
+from fastgen.errors import UnsupportedError
 from fastgen.heads import Categorical
 from fastgen.models import build
 from fastgen.native import native
@@ -223,10 +224,68 @@ def test_what_a_sequence_ends_with_goes_with_its_end(ends: str) -> None:
         assert report.ok, f"{length}: {report}"
 
 
-def test_what_stays_where_the_compiled_length_ended_is_no_plan_for_others() -> None:
-    net = randomise(Ending(lambda n: (torch.arange(n) < 90).float()), 1, 2.0)
-    with pytest.raises(VerifyError):
-        fastgen.compile(net, (1, 100), Categorical(3, encode="symmetric"))
+def causal_net(middle: Callable[[Tensor], Tensor]) -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.a, self.out = nn.Conv1d(1, 8, 3), nn.Conv1d(8, 3, 1)
+            self.positions = nn.Parameter(torch.randn(8, 100))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(F.pad(x, (3, -1))))
+            h = h + self.positions if middle is positions else middle(h)
+            out: Tensor = self.out(torch.tanh(h))
+            return out
+
+    return Net()
+
+
+def positions(h: Tensor) -> Tensor:
+    raise AssertionError("learned: of the module")
+
+
+def zeroed(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[..., -1] = 0
+    return h
+
+
+UNLIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "learned positions": positions, "sinusoids": lambda h: h + torch.sin(torch.arange(h.shape[-1]) * 0.1),
+    "the length": lambda h: h * 100 / h.shape[-1], "half a length ago": lambda h: h + F.pad(h, (h.shape[-1] // 2, 0))[..., : h.shape[-1]],
+    "until 90": lambda h: h * (torch.arange(h.shape[-1]) < 90), "one site": lambda h: h * (1 + 1.0 * (torch.arange(h.shape[-1]) == 47)),
+    "patched": lambda h: torch.cat([h[..., :70] * 2, h[..., 70:]], -1), "if long": lambda h: h * (2.0 if h.shape[-1] > 90 else 0.5),
+    "split": lambda h: torch.cat([t * 0.5 + 0.1 for t in h.split(1, 2)], 2), "the last zeroed": zeroed,
+    "multiples of four": lambda h: F.pad(h.view(*h.shape[:2], -1, 4).sum(-1).repeat_interleave(4, -1), (4, 0))[..., : h.shape[-1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verified", [True, False])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_sites_that_are_not_alike(name: str, verified: bool) -> None:
+    """A sequence whose sites or lengths differ is planned for its own length, which the plan says, and for no other."""
+    head = Categorical(3, encode="symmetric", params="B(n*C)*")
+    sampler = fastgen.compile(causal_net(UNLIKE[name]), (1, 100), head, threads=1, verify=verified)
+    assert sampler.verify().ok
+    if sampler.any_length:  # all the same
+        assert name == "split" or sampler.verify(length=150).ok
+        return
+    assert "100 sites only" in str(sampler.plan)
+    with pytest.raises(UnsupportedError, match="length 101: the plan holds for 100 sites only"):
+        sampler.sample(1, length=101)
+
+
+def test_a_constant_beyond_what_was_planned() -> None:
+    """At 1,024 sites all is alike; the longer sequence is refused where it is asked for, with the site."""
+    net = causal_net(lambda h: h * (1 + 1.0 * (torch.arange(h.shape[-1]) >= 4500)))
+    head = Categorical(3, encode="symmetric", params="B(n*C)*")
+    with pytest.raises(UnsupportedError, match="6000 sites that are not alike"):
+        fastgen.compile(net, (1, 6000), head, threads=1)
+    sampler = fastgen.compile(net, (1, 1500), head, threads=1)
+    assert sampler.sample(1, length=3000).shape == (1, 1, 3000)
+    with pytest.raises(UnsupportedError, match=r"length 6000: forward does something else from site \d+ on"):
+        sampler.sample(1, length=6000)
 
 
 # ---- receptive fields ------------------------------------------------------------------------------------------------

@@ -165,7 +165,9 @@ def test_random_image_networks(size: tuple[int, int], layers: list[Layer], which
             head,
         ),
         "does not depend on the sampled tensor",  # blocks that leave a small image, moved down
-        *(["one lane mixes"] if min(size) < 4 else []),  # what is a row and what a block cannot be told apart
+        *(
+            ["what is one channel here comes from"] if min(size) < 4 else []
+        ),  # what is a row and what a block cannot be told apart
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -141,7 +144,25 @@ class Hooked(Net):
         self.first.register_forward_hook(lambda module, args, out: out * 2)
 
 
-NETS: list[type[Net]] = [Net, Listed, Nested, Bound, Partial, Replaced, Helped, Counting, Hooked]
+class Aliased(Net):
+    """Tensors that share their memory, a closure over a list, and features that a hook puts into an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = torch.ones(2, 8, 1)
+        self.register_buffer("part", self.all[0])
+        self.order, self.features = [0], dict[str, Tensor]()
+        order, features = self.order, self.features
+        self.scaled = lambda h: h * (order[0] + 0.5)
+        self.first.register_forward_hook(lambda module, args, out: features.__setitem__("first", out))
+
+    def middle(self, h: Tensor) -> Tensor:
+        self.part[0] = 3.0
+        self.order[0] = 2
+        return self.scaled(h) * self.all[0] + self.features["first"]  # type: ignore[no-untyped-call]
+
+
+NETS: list[type[Net]] = [Aliased, Net, Listed, Nested, Bound, Partial, Replaced, Helped, Counting, Hooked]
 
 
 def compiled(model: nn.Module, **options: Any) -> fastgen.Sampler:
@@ -304,6 +325,51 @@ def change_nested(m: Any) -> None:
 
 def change_helper(m: Any) -> None:
     m.helper.scale = 2.0
+
+
+class Odd(Net):
+    """Numbers in odd places."""
+
+    level = 1.0  # of the class
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space, self.array = types.SimpleNamespace(scale=1.0), np.ones(1, np.float32)
+        self.config = Helper(nn.Identity())
+        self.config.inner = Helper(nn.Identity())  # type: ignore[attr-defined]
+        self.queue, t = collections.deque([1.0]), torch.ones(1)
+        self.held, self.bound = (lambda h: h * t), functools.partial(torch.mul, torch.ones(1))
+        self.slots = Slots()
+
+    def middle(self, h: Tensor) -> Tensor:
+        h = self.bound(self.held(h)) * self.space.scale * float(self.array[0]) * self.queue[0] * self.level  # type: ignore[no-untyped-call]
+        return h * self.config.inner.scale * self.slots.scale  # type: ignore[attr-defined]
+
+
+class Slots:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+ODD: dict[str, Callable[[Any], None]] = {
+    "space.scale": lambda m: setattr(m.space, "scale", 2.0), "array": lambda m: m.array.__setitem__(0, 2),
+    "config.inner.scale": lambda m: setattr(m.config.inner, "scale", 2.0), r"queue\[0\]": lambda m: m.queue.__setitem__(0, 2.0),
+    "held.t": lambda m: m.held.__closure__[0].cell_contents.mul_(2), r"bound.args\[0\]": lambda m: m.bound.args[0].mul_(2),
+    "level": lambda m: setattr(type(m), "level", type(m).level + 1), "slots.scale": lambda m: setattr(m.slots, "scale", 2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_changes_in_odd_places_are_noticed(name: str) -> None:
+    model = Odd()
+    sampler = compiled(model)
+    drawn = sampler.sample(1)
+    assert torch.equal(sampler.sample(1), drawn)
+    ODD[name](model)
+    with pytest.raises(ModelChangedError, match=rf"^{name} changed"):
+        sampler.sample(1)
 
 
 def add_hook(m: Any) -> None:

@@ -171,7 +171,7 @@ class OutputTooNarrow(Two):
 
 BAD = [
     bad("mask-a-forgotten", ForgotTypeA, NotCausalError, r"(?s)\bfirst\b.*tap.*1.*1"),
-    bad("transposed-order", Transposed, UnsupportedError, r"\bfirst\b.*convolution.*no affine map"),
+    bad("transposed-order", Transposed, UnsupportedError, r"\bfirst\b.*convolution.*at distances that change"),
     bad("shift-forgotten", ShiftForgotten, NotCausalError, r"\bconv\b.*tap", (12,), Categorical(6)),
     bad(
         "centred-padding",

@@ -68,14 +68,14 @@ class LaneOrder:
         """Positions [L, S] when one axis mixes channels and sites: by site, then by order within it."""
         lead = max(moved, key=lambda t: int((t >= 0).sum())).reshape(-1)
         if bool((lead < 0).any()):
-            raise Irregular("an axis mixes channels, sites and constants")
+            raise Irregular("one axis runs over channels, sites and constants")
         order = torch.argsort(lead & SITE_MASK, stable=True)
         columns = len(torch.unique(lead & SITE_MASK))
         if len(lead) % columns:
-            raise Irregular("sites have different numbers of channels")
+            raise Irregular("one axis runs over channels and sites, unevenly")
         by_site = order.view(columns, -1)
         if not bool(((lead[by_site] & SITE_MASK) == (lead[by_site[:, :1]] & SITE_MASK)).all()):
-            raise Irregular("sites have different numbers of channels")
+            raise Irregular("one axis runs over channels and sites, unevenly")
         return by_site.t().contiguous()
 
     def split(self, t: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def label_columns(order: LaneOrder, ids: list[Tensor], grid: Pair) -> tuple[Tens
         return box, i, j
     known, i, j = choose_labels(torch.cat(moved))
     if bool((keep & ~known).any()):
-        raise Irregular("sites of the result cannot be told from its operands")
+        raise Irregular("which site an element belongs to cannot be told from what it is made of")
     return known, i, j
 
 
@@ -159,7 +159,7 @@ def choose_labels(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             i[new], j[new] = li[new] + di[0], lj[new] + dj[0]
             known |= new
     if not bool((known | ~keep).all()):
-        raise Irregular("sites of the result cannot be told from its operands")
+        raise Irregular("which site an element belongs to cannot be told from what it is made of")
     keep, i, j = _complete(keep, i, j)
     if bool(keep.any()):
         i -= min(0, int(i[keep].min()))

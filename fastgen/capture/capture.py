@@ -24,7 +24,7 @@ from fastgen.graph.maps import MapNode
 from fastgen.graph.node import Graph, Node
 from fastgen.graph.refs import Pair
 from fastgen.graph.sources import InputNode, OpaqueNode
-from fastgen.view import neutral
+from fastgen.view import copied, neutral
 
 
 def capture(
@@ -49,7 +49,7 @@ def capture(
     with neutral(), path.watching():
         x, *cond_list = (plain(t) for t in (x, *cond))
         cond = tuple(cond_list)
-        try_forward(model, x, cond)
+        try_forward(model, x, tuple(map(plain, cond)))
         tracer.add(InputNode, "input", channels, grid)
         tracer.put(x, laid_out(node_ids(0, channels, grid)[None]))
         for t in cond:
@@ -61,7 +61,9 @@ def capture(
             except NotImplementedError as error:  # of torch: what cannot run under a mode
                 reason = str(error).strip().splitlines()[0]
                 raise UnsupportedError(f"layer {path.current}: torch cannot show what runs there: {reason}") from error
-        tracer.notes += check_reads(tracer.reads, lambda: model(plain(x), *map(plain, cond)))
+        if any(tracer.reads):
+            other = copied(model)  # what follows an error is not to be done to the module
+            tracer.notes += check_reads(tracer.reads, lambda: other(plain(x), *map(plain, cond)))
     return _finish(tracer, first_tensor(out), parameters_of)
 
 

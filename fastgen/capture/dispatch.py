@@ -93,7 +93,11 @@ class Dispatcher(TorchDispatchMode):
         self.tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        tr, kwargs = self.tracer, kwargs or {}
+        with torch._C.DisableTorchFunction():  # of TorchScript's operations the function mode is not popped
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tr = self.tracer
         name = func.overloadpacket.__name__
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         tr.enter(name, tensors)

@@ -66,7 +66,7 @@ def _axis(src: Tensor, dst: Tensor, dyn: Tensor) -> tuple[Tensor, Tensor, Tensor
             if len(todo) < before:
                 break
         if len(todo) == before:
-            raise Irregular("no affine map from reader sites to source sites")
+            raise Irregular("sites read at distances that change along an axis (a flip, or an index over sites?)")
     return mul, div, off
 
 
@@ -118,7 +118,7 @@ def fit(ids: Tensor, i: Tensor, j: Tensor) -> tuple[list[Lanes], list[int]]:
         key = part >> 32
         keys = key.amax(1)
         if bool((torch.where(dyn, key, _FAR).amin(1) != keys).any()):
-            raise Irregular("one lane mixes channels or layers")
+            raise Irregular("what is one channel here comes from another channel or layer at other sites (a reshape?)")
         which = torch.arange(len(live))
     si, sj = row_of(part), col_of(part)
     columns = [*_axis(si, i, dyn), *_axis(sj, j, dyn)]
@@ -134,7 +134,7 @@ def fit(ids: Tensor, i: Tensor, j: Tensor) -> tuple[list[Lanes], list[int]]:
         members = (inverse == g).nonzero()[:, 0]
         inside = at.inside(at.rows(i), at.cols(j))
         if not bool((dyn[which[members].unique()] == inside).all()):
-            raise Irregular("sampled values do not fill a box of sites")
+            raise Irregular("some sites depend on the sample and others not, in no rectangle of sites")
         chans = tuple((keys[members] & 0xFFFF).tolist())
         groups.append(Lanes(live[members].tolist(), Ref(node, chans, at)))
     constant = sorted(set(range(ids.shape[0])) - set(live.tolist()))
@@ -151,7 +151,7 @@ def pieces_of(
         outside = values[g.lanes][:, ~inside]
         fill = float(outside.flatten()[0]) if outside.numel() else 0.0
         if outside.numel() and not bool((outside == fill).all()):
-            raise Irregular("constants of different values border the sampled ones")
+            raise Irregular("constants of different values stand beside sampled ones in one channel")
         for a, b in runs(g.lanes):
             pieces.append(Piece(g.lanes[a], g.lanes[b - 1] + 1, g.ref.lanes(list(range(a, b))), fill=fill))
     for a, b in runs(constant):

@@ -108,7 +108,7 @@ def extremum(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tens
     keep, i, j = choose_labels(ids)
     site = (i << 20 | j)[keep]
     if len(torch.unique(site)) != len(site):
-        raise Irregular("a maximum per group of channels")
+        raise Irregular("an extremum over sites, or of several groups of channels")
     ids, values, i, j = ids[:, keep], values[:, keep], i[keep], j[keep]
     groups, constant = fit(ids, i, j)
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)

@@ -43,10 +43,6 @@ SPECIAL = frozenset(
      "square", "masked_fill", "addcmul", "ne_zero", "relu6", "threshold", "rrelu_with_noise"]
 )  # fmt: skip
 POINTWISE = frozenset(PLAIN) | SPECIAL | frozenset(LOGICAL)
-SCALAR_AFFINE: dict[str, Callable[[float], tuple[float, float]]] = {
-    "mul": lambda s: (s, 0.0),
-    "div": lambda s: (1.0 / s if s else math.inf, 0.0),
-}
 Argument = Tensor | float  # of a map: broadcast to the result
 
 
@@ -85,19 +81,21 @@ def _spec(
         if sign in (1.0, -1.0):
             return ("add" if sign > 0 else "sub"), [x, y], ()
         return "muladd", [y, sign, x], ()
-    if name in SCALAR_AFFINE and (
+    if name in ("mul", "div", "true_divide") and (
         not isinstance(a[1], Tensor) or (a[1].dim() == 0 and not tr.dynamic(a[1]) and not tr.conditional(a[1]))
     ):
-        factor, shift = SCALAR_AFFINE[name](float(a[1]))
-        if math.isfinite(factor):
-            return "affine", [a[0]], (factor, shift)
+        factor = float(a[1])
+        if name == "mul":
+            return "affine", [a[0]], (factor, 0.0)
+        if factor and math.frexp(factor)[0] in (0.5, -0.5):  # a power of two, whose reciprocal is exact
+            return "affine", [a[0]], (1.0 / factor, 0.0)
     if name == "pow" and not isinstance(a[1], Tensor):
         return ("mul", [a[0], a[0]], ()) if a[1] == 2 else ("powscalar", [a[0]], (float(a[1]),))
     if name == "pow" and not isinstance(a[0], Tensor):
         return "scalarpow", [a[1]], (float(a[0]),)
     if name in PLAIN:
         return PLAIN[name], list(a), ()
-    big = 3.0e38
+    big = math.inf
     table: dict[str, Callable[[], tuple[str, list[Argument], tuple[float, ...]]]] = {
         "elu": lambda: (
             "elu",
@@ -213,7 +211,7 @@ def _emit(
         if not _clash(i << 20 | j, ids, values, where):
             break
     else:
-        raise Irregular("elements of one site differ in what is done to them")
+        raise Irregular("copies of one value meet different constants or conditioning, and cannot be told apart")
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
     pieces = [
         _pieces(tr, t, own, value, position, (i, j), grid)

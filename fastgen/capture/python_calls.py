@@ -9,11 +9,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from fastgen.capture.reads import refuse
+from fastgen.capture.reads import SHOWN, refuse
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 
-COMPOSITE = {
+COMPOSITE: dict[str, str] = {
     "lstm": "a recurrence", "gru": "a recurrence", "rnn_tanh": "a recurrence", "rnn_relu": "a recurrence",
     "lstm_cell": "a recurrence", "gru_cell": "a recurrence", "scaled_dot_product_attention": "attention",
     "multi_head_attention_forward": "attention",
@@ -23,7 +23,8 @@ EXPORTS = frozenset(
     ["numpy", "tolist", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr", "__reduce_ex__",
      "__cuda_array_interface__"]
 )  # fmt: skip
-SHOWN = frozenset(["__repr__", "__str__", "__format__"])  # for people, as in a print
+MADE = frozenset(["tensor", "as_tensor", "asarray", "new_tensor"])  # of lists: torch reads what is in them, unseen
+SPECIAL = frozenset(COMPOSITE) | EXPORTS | MADE | SHOWN | {"__deepcopy__", "one_hot", "__bool__"}
 
 
 class PythonCalls(TorchFunctionMode):
@@ -38,10 +39,7 @@ class PythonCalls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # of a property
             name = getattr(getattr(func, "__self__", None), "__name__", "")
-        special = (
-            name in COMPOSITE or name in EXPORTS or name in SHOWN or name in ("__deepcopy__", "one_hot", "__bool__")
-        )
-        if not special:
+        if name not in SPECIAL:
             return func(*args, **kwargs)
         with _disable_current_modes():  # what is done here is none of forward's doing
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -53,6 +51,11 @@ class PythonCalls(TorchFunctionMode):
                 )
             if watched and name in EXPORTS:
                 refuse(tr, watched[0], f"Tensor.{name}()")
+            data = args[1:2] if name == "new_tensor" else args[:1]
+            if watched and name in MADE and not (data and isinstance(data[0], Tensor)):
+                refuse(tr, watched[0], f"torch.{name}() of a list that holds it", "use torch.stack")
+            if watched and name == "__format__" and watched[0].dim() == 0:
+                refuse(tr, watched[0], "a formatted string")
             if watched and name == "one_hot" and (args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) < 0:
                 refuse(tr, watched[0], "one_hot without num_classes", "say num_classes")
         if not watched:

@@ -42,6 +42,10 @@ def _remainder(a: tuple[float, float], b: tuple[float, float]) -> Range:
     return None if b[0] <= 0 <= b[1] else (min(b[0], 0.0), max(b[1], 0.0))
 
 
+def _quotient(a: tuple[float, float], b: tuple[float, float]) -> Range:
+    return None if b[0] <= 0 <= b[1] else _corners(lambda x, y: x / y)(a, b)
+
+
 def _abs(a: tuple[float, float]) -> Range:
     return (0.0 if a[0] <= 0 <= a[1] else min(map(abs, a))), max(map(abs, a))
 
@@ -58,7 +62,7 @@ ROUNDED: dict[str, Callable[[float], int]] = {
 }
 BINARY: dict[str, Callable[..., Range]] = {
     "add": _corners(lambda x, y: x + y), "sub": _corners(lambda x, y: x - y), "mul": _corners(lambda x, y: x * y),
-    "maximum": _corners(max), "minimum": _corners(min), "remainder": _remainder,
+    "maximum": _corners(max), "minimum": _corners(min), "remainder": _remainder, "div": _quotient,
 }  # fmt: skip
 
 
@@ -184,8 +188,8 @@ def check_index(found: Range, rows: int) -> None:
 def check_cast(found: Range, dtype: torch.dtype) -> None:
     """Raises Irregular where a cast to a small integer type may wrap around."""
     limits = torch.iinfo(dtype)
-    if limits.max > 2 * WHOLE:
-        return
     if found is None or found[0] < limits.min or found[1] > limits.max:
-        given = "whose range is not known" if found is None else f"from {found[0]:.6g} to {found[1]:.6g}"
-        raise Irregular(f"a cast to {str(dtype).removeprefix('torch.')} of values {given}, which may wrap around")
+        given = (
+            "whose range is not known (clamp them first)" if found is None else f"from {found[0]:.6g} to {found[1]:.6g}"
+        )
+        raise Irregular(f"a cast to {str(dtype).removeprefix('torch.')} of values {given}, which may not fit")

@@ -116,7 +116,10 @@ class ShadowMemory:
             entry.dense().fill_(int(ids.max()) if bool((ids < 0).all()) else self.no_rule(t, ids))
             entry.closed = None
             return
-        entry.dense().as_strided(t.shape, t.stride(), t.storage_offset()).copy_(ids.reshape(t.shape))
+        own = entry.dense()
+        if ids.untyped_storage()._cdata == own.untyped_storage()._cdata:  # ids of the same storage, seen otherwise
+            ids = ids.clone()
+        own.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(ids.reshape(t.shape))
         entry.closed = None
 
     def dynamic(self, t: Any) -> bool:

@@ -126,6 +126,16 @@ class Graph:
         default_factory=list
     )  # to what Python asks in forward, in turn; None: a constant's
 
+    def reached(self) -> set[int]:
+        """The nodes that parameters depend on."""
+        todo, seen = list(self.params), set(self.params)
+        while todo:
+            for read in self.nodes[todo.pop()].reads():
+                if read.ref.node not in seen:
+                    seen.add(read.ref.node)
+                    todo.append(read.ref.node)
+        return seen
+
     def made_by_map(self, index: int) -> bool:
         """Whether a node is the result of a function of one value, under whatever names it was passed on."""
         node = self.nodes[index]

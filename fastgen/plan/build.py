@@ -30,6 +30,7 @@ CHUNK = 8
 LONG = 1024  # sequences longer than this are planned on a shorter one: its schedule repeats, and planning is cheap
 SHORT = 64  # sequences shorter than this are planned like images, step by step: they hold no period to repeat
 
+MOST_SITES = 4096  # of a sequence that is planned site by site: some seconds of planning
 # Of a site: each may need units and taps of its own for every other, 10 s of planning for a full triangle.
 MOST_VALUES = 256
 
@@ -46,14 +47,21 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
+def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...], whole: bool = False) -> Plan:
     """Plans a module for samples of `spec` with example conditioning `cond` (batch 1).
 
+    whole: a sequence is planned site by site, for its own length alone, as where it is different at different sites.
     Raises UnsupportedError, NotCausalError or ShapeError, each naming the layer, before anything is run.
     """
     began = time.perf_counter()
     planned = spec
-    any_length = spec.sequence and spec.order is None and not any(isinstance(c, Tensor) for c in cond)
+    whole = whole or spec.order is not None
+    if whole and spec.sequence and spec.sites[0] > MOST_SITES:
+        raise UnsupportedError(
+            f"a sequence of {spec.sites[0]} sites that are not alike (positions, or an order); the planner takes up to "
+            f"{MOST_SITES} of those, as each is planned by itself"
+        )
+    any_length = spec.sequence and not whole and not any(isinstance(c, Tensor) for c in cond)
     if any_length and spec.sites[0] > LONG:
         planned = spec.at_length(LONG)
     while True:
@@ -69,7 +77,11 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Plan:
         if planned.sites == spec.sites or 4 * reach <= planned.sites[0]:
             break
         planned = spec.at_length(min(spec.sites[0], 1 << (4 * reach - 1).bit_length()))
-    plan = Plan(planned, graph, _schedule(planned, units, params), reach, time.perf_counter() - began)
+    if spec.sequence and not whole and spec.sites[0] >= SHORT and not _alike(units):
+        return build_plan(model, spec, cond, whole=True)
+    plan = Plan(planned, graph, _schedule(planned, units, params, whole), reach, time.perf_counter() - began)
+    if spec.sequence and spec.order is None and not plan.schedule.sequence and spec.sites[0] >= SHORT:
+        plan.notes["length"] = f"{spec.sites[0]} sites only, which are not alike"
     plan.receptive_field = receptive_field(graph, planned)
     plan.seconds = time.perf_counter() - began
     return plan
@@ -102,8 +114,18 @@ def _units(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Spec, G
     return replace(spec, head=spec.head.with_layout(settled[0])), graph, units, params
 
 
-def _schedule(spec: Spec, units: list[Unit], params: Places) -> Schedule:
-    sequence = spec.sequence and spec.sites[0] >= SHORT and spec.order is None
+def _alike(units: list[Unit]) -> bool:
+    """Whether the sites of a sequence read alike, but for the first and the last quarter, which go with the ends."""
+    for unit in units:
+        for ref in unit.refs():
+            width = units[ref.node].grid[1]
+            if width >= 8 and (ref.at.lo[1] > width // 4 or ref.at.hi[1] < width - width // 4):
+                return False
+    return True
+
+
+def _schedule(spec: Spec, units: list[Unit], params: Places, whole: bool) -> Schedule:
+    sequence = spec.sequence and spec.sites[0] >= SHORT and not whole
     if spec.order is not None:
         row_len = spec.steps
     elif spec.sequence:

@@ -18,16 +18,8 @@ from fastgen.graph.times import Ready
 
 def check_supported(graph: Graph) -> None:
     """Raises UnsupportedError for the first operation without a rule that an output depends on."""
-    todo, seen = list(graph.params), set(graph.params)
-    found: list[OpaqueNode] = []
-    while todo:
-        node = graph.nodes[todo.pop()]
-        if isinstance(node, OpaqueNode):
-            found.append(node)
-        for read in node.reads():
-            if read.ref.node not in seen:
-                seen.add(read.ref.node)
-                todo.append(read.ref.node)
+    reached = (graph.nodes[k] for k in graph.reached())
+    found = [node for node in reached if isinstance(node, OpaqueNode)]
     if found:
         first = min(found, key=lambda n: n.index)
         raise UnsupportedError(f"layer {first.path}: {first.reason}")

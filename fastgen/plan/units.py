@@ -98,13 +98,14 @@ def _summands(nodes: list[Node], node: Node) -> tuple[TapsNode, TapsNode] | None
 
 
 def split(graph: Graph, ready: list[Ready]) -> tuple[list[Unit], Places]:
-    """One unit per node and group of channels with equal ready times, references rewritten; and per phase the (unit,
-    channel in it) of every parameter."""
+    """One unit per node that parameters depend on and group of channels with equal ready times, references rewritten; and
+    per phase the (unit, channel in it) of every parameter."""
     units: list[Unit] = []
     places: Places = []
+    reached = graph.reached() | {0}  # the sampled tensor is drawn, whoever reads it
     for node, r in zip(graph.nodes, ready, strict=True):
         where: list[tuple[int, int]] = [(-1, -1)] * node.channels
-        for g in range(r.times.shape[0]):
+        for g in range(r.times.shape[0] if node.index in reached else 0):
             chans = (r.group == g).nonzero()[:, 0].tolist()
             unit = Unit(len(units), node.restrict(chans, places), tuple(chans), node.grid, r.times[g])
             units.append(unit)

@@ -52,7 +52,8 @@ class Programs:
         if not plan.schedule.sequence:
             if length not in (None, planned):
                 raise UnsupportedError(
-                    f"length {length}: planned for {planned} only; compile with a shape of at least {SHORT} sites"
+                    f"length {length}: the plan holds for {planned} sites only (as forward does not do the same at every "
+                    f"site, or as it was compiled with fewer than {SHORT}); compile with a shape of that length"
                 )
             return None
         if length is not None and length > planned and planned < 2 * plan.reach:
