@@ -292,10 +292,30 @@ def shown(h: Tensor, c: Tensor) -> Tensor:
     return h + (c[:, None, None] if f"{c}" else 0)
 
 
+def _wide(c: Tensor) -> Tensor:
+    return torch.sin(c[:, None, None] + torch.arange(WIDTH)[:, None]).expand(-1, -1, T)
+
+
+def _beside(both: Tensor) -> Tensor:
+    """Samples and conditioning in one tensor, computed with apart."""
+    a, b = both.chunk(2, 1)
+    return a + torch.tanh(b) * 2 + torch.relu(both)[:, WIDTH:]
+
+
+def _beside_in_place(h: Tensor, e: Tensor) -> Tensor:
+    both = torch.zeros(h.shape[0], 2 * WIDTH, T)
+    both[:, :WIDTH], both[:, WIDTH:] = h, e
+    both[:, WIDTH:].mul_(2)
+    return both[:, :WIDTH] + torch.cos(both[:, WIDTH:])
+
+
 ANOTHER = "is another for every sample"
 CONDITIONING: dict[str, tuple[Use, str]] = {
     "a check": (checked, ""), "a print": (shown, ""),
     "a check of activations first": (lambda h, c: raising(lambda h: h.max() > 1e6)(h) + c[:, None, None], ""),
+    "beside samples": (lambda h, c: _beside(torch.cat([h, _wide(c)], 1)), ""),
+    "beside samples, in place": (lambda h, c: _beside_in_place(h, _wide(c)), ""),
+    "before samples": (lambda h, c: h + torch.exp(torch.cat([_wide(c) * 0.1, h], 2)[:, :, :1]), ""),
     "one-hot": (lambda h, c: h + F.one_hot(c, WIDTH)[:, :, None], ""),
     "branch": (lambda h, c: h * 2 if c.sum() > 0 else h, "yes or no on conditioning values"),
     "int": (lambda h, c: h * int(c), ANOTHER), "item": (lambda h, c: h * c.sum().item(), ANOTHER),
@@ -383,3 +403,48 @@ def test_conditioning_of_another_length_than_the_sample(length: int) -> None:
     assert torch.equal(sampler.sample(1, cond=(mel,), length=160)[..., :80], sampler.sample(1, cond=(mel[..., :20],)))
     with pytest.raises(ShapeError, match=r"forward does not take a sample \[1, 1, \d+\].*(must match|broadcast)"):
         sampler.sample(1, cond=(mel,), length=length)
+
+
+SHAPES: dict[str, tuple[Use, str]] = {
+    "a mean by hand": (lambda h, c: h * c.sum(-1, keepdim=True)[..., None] / c.shape[-1], r"aten.div has the number \(9.0,\)"),
+    "a layer for each": (lambda h, c: _layers(h, c), r"calls aten\.\w+ \d+ times, and did \d+ times"),
+    "a branch": (lambda h, c: h * 0.3 + c.mean() if c.shape[-1] > 5 else h + c.mean(), "another path|has the number"),
+    "a mean": (lambda h, c: h * c.mean(-1, keepdim=True)[..., None], ""),
+}  # fmt: skip
+
+
+def _layers(h: Tensor, c: Tensor) -> Tensor:
+    for k in range(c.shape[-1]):
+        h = torch.tanh(h + c[:, None, k : k + 1])
+    return h
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_length_of_conditioning(name: str) -> None:
+    """Read as a Python number, it is that of compile: refused at another."""
+    use, reason = SHAPES[name]
+    model, cond = Floats(use), (torch.randn(1, 4),)
+    law(model, cond)
+    sampler = fastgen.compile(
+        model,
+        (1, T),
+        Categorical(N, encode="symmetric", params="B(n*C)*"),
+        cond,
+        predicts="next",
+        verify=False,
+        threads=1,
+    )
+    if not reason:
+        return law(model, cond, ((torch.randn(1, 9),),))
+    with pytest.raises(UnsupportedError, match=reason):
+        sampler.sample(1, cond=(torch.randn(1, 9),))
+    return None
+
+
+def test_the_length_of_a_sample_beside_conditioning() -> None:
+    model = Floats(lambda h, c: h * c[:, :, None] * (40 / h.shape[-1]))
+    head = Categorical(N, encode="symmetric", params="B(n*C)*")
+    sampler = fastgen.compile(model, (1, 80), head, (torch.randn(1, 1),), predicts="next", threads=1)
+    assert sampler.sample(1, cond=(torch.randn(1, 1),)).shape == (1, 1, 80)
+    with pytest.raises(UnsupportedError, match=r"aten.mul has the number \(0.4,\), and had \(0.5,\) at compile time"):
+        sampler.sample(1, length=100)

@@ -288,6 +288,27 @@ def test_a_constant_beyond_what_was_planned() -> None:
         sampler.sample(1, length=6000)
 
 
+@pytest.mark.parametrize("length", [6, 8, 14, 32, 70, 80])
+def test_constants_beside_repeated_sites_count_once(length: int) -> None:
+    """Every other value of the past, repeated, plus one: the copy with regular labels holds the ones already."""
+
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.c, self.o = nn.Conv1d(1, 4, 2), nn.Conv1d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.c(F.pad(x, (2, -1)))
+            y = F.interpolate(F.pad(h, (1, 0))[..., ::2], scale_factor=2, mode="nearest")[..., : h.shape[-1]]
+            out: Tensor = self.o(y + 1)
+            return out
+
+    head = Categorical(3, encode="symmetric", params="B(n*C)*")
+    report = fastgen.compile(Repeated(), (1, length), head, verify=False, threads=1).verify()
+    assert report.ok, str(report)
+
+
 # ---- receptive fields ------------------------------------------------------------------------------------------------
 def test_receptive_field_of_images() -> None:
     assert two_stacks(12, 12).receptive_field == (4, 5)  # 3 rows above and its own; 2 columns to either side

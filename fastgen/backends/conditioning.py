@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastgen.backends.marks import Marks
 from fastgen.backends.request import Request
 from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS
 from fastgen.capture.reads import READS
-from fastgen.capture.signature import COMPUTES
+from fastgen.capture.signature import COMPUTES, numbers_of
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, first_tensor, plain, refused
-from fastgen.graph.node import Graph, Point
+from fastgen.graph.node import Call, Graph
 from fastgen.graph.sources import CondNode
 from fastgen.program.pack import grown
 from fastgen.program.records import Program
@@ -40,16 +41,15 @@ class _Done(Exception):
 
 
 class _Collector(TorchDispatchMode):
-    """Follows which storages hold sampled values and collects the arguments at the points.
+    """Follows which numbers are sampled and collects the arguments at the points.
 
-    whole: forward is to run to its end, so that it may refuse what it is given. answers: to what Python asks of sampled
-    values, which are zeros here, as it was answered at capture.
+    whole: forward is to run to its end, so that it may refuse what it is given, and so that what it does may be compared
+    with what it did at capture. Sampled values are zeros, and Python is answered about them as at capture.
     """
 
-    def __init__(
-        self, path: ModulePath, points: list[Point], answers: list[bool | None], x: Tensor, shapes: Shapes, whole: bool
-    ) -> None:
+    def __init__(self, path: ModulePath, graph: Graph, x: Tensor, shapes: Shapes, whole: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.graph, points, answers = graph, graph.points, graph.answers
         self.path, self.calls, self.shapes = path, Counter[tuple[str, str]](), shapes
         self.whole, self.answers, self.asked = whole, answers, 0
         self.wanted: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
@@ -57,8 +57,8 @@ class _Collector(TorchDispatchMode):
             self.wanted.setdefault((where, name, count), []).append((k, position))
         self.missing = len(points)
         self.found: dict[int, Tensor] = {}
-        self.sampled = {x.untyped_storage()._cdata}
-        self.keep = [x]
+        self.marks = Marks()
+        self.marks.put(x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,26 +71,52 @@ class _Collector(TorchDispatchMode):
         self.calls[key] += 1
         if self.missing == 0 and not self.whole:
             raise _Done
-        sampled = any(t.untyped_storage()._cdata in self.sampled for t in tensors)
+        marks = [m for t in tensors if (m := self.marks.of(t)) is not None]
+        sampled = bool(marks)
         if name in READS:
             self.asked += 1
             answer = self.answers[self.asked - 1] if self.asked <= len(self.answers) else None
             return answer if sampled and answer is not None else func(*args, **kwargs)
-        if sampled and name.rstrip("_") in COMPUTES and func._schema.is_mutable:
+        if self.whole:
+            self._compare((*key, self.calls[key] - 1), args, kwargs)
+        skipped = sampled and name.rstrip("_") in COMPUTES and all(bool(m.all()) for m in marks)
+        if skipped and func._schema.is_mutable:
             out: Any = args[0]
-        elif sampled and name in COMPUTES:
+        elif skipped:
             made = (*key, self.calls[key])
             if made not in self.shapes:
                 self.shapes[made] = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
             out = tree_map(_zeros, self.shapes[made])
         else:
             out = func(*args, **kwargs)
+        written = [t for t in args[:1] if isinstance(t, Tensor) and func._schema.is_mutable]
         if sampled and name not in METADATA_OPS and name not in FRESH_OPS:
-            for t in [*tree_leaves(out), *(args[:1] if func._schema.is_mutable else ())]:
-                if isinstance(t, Tensor):
-                    self.sampled.add(t.untyped_storage()._cdata)
-                    self.keep.append(t)
+            if skipped:
+                for t in [*tree_leaves(out), *written]:
+                    if isinstance(t, Tensor):
+                        self.marks.put(t)
+            else:
+                self.marks.follow(func, name, args, kwargs, out, written)
         return out
+
+    def _compare(self, call: Call, args: Any, kwargs: Any) -> None:
+        """Raises UnsupportedError where a number of Python's is not that of capture: it comes of a shape."""
+        known = self.graph.numbers.get(call)
+        if known is not None and known != numbers_of(args, kwargs):
+            raise UnsupportedError(
+                f"layer {call[0]}: aten.{call[1]} has the number {numbers_of(args, kwargs)}, and had {known} at compile time: it "
+                "depends on the length of the sample or of conditioning; compile with those of this length"
+            )
+
+    def finish(self) -> None:
+        """Raises UnsupportedError where forward computed more or less often than at capture."""
+        for key in {**self.graph.calls, **self.calls}:
+            before, now = self.graph.calls.get(key, 0), self.calls[key]
+            if key[1].rstrip("_") in COMPUTES and before != now:
+                raise UnsupportedError(
+                    f"forward took another path than at compile time: layer {key[0]} calls aten.{key[1]} {now} times, and did "
+                    f"{before} times; compile with a sample and conditioning of these lengths"
+                )
 
 
 def _bytes(t: Tensor) -> bytes:
@@ -163,12 +189,13 @@ class Conditioning:
         with neutral(), path.watching():
             x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
             cond = tuple(plain(c) for c in cond)
-            mode = _Collector(path, self.graph.points, self.graph.answers, x, shapes, whole)
+            mode = _Collector(path, self.graph, x, shapes, whole)
             try:
                 with mode:
                     out = first_tensor(self.model(x, *cond))
                 if mode.missing == 0:
                     spec.parameters(out)
+                    mode.finish()
                     return mode.found
             except _Done:
                 return mode.found

@@ -89,7 +89,8 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
         except Irregular as error:
             raise UnsupportedError(f"forward's output: {error}") from error
         params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[pieces]).index)
-    return Graph(tr.nodes, params, tr.points, tr.notes, [None if r is None else r.answer for r in tr.reads])
+    answers = [None if r is None else r.answer for r in tr.reads]
+    return Graph(tr.nodes, params, tr.points, tr.notes, dict(tr.calls), tr.numbers, answers)
 
 
 def _check_opaque(nodes: list[Node], ids: Tensor) -> None:

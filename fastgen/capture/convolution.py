@@ -54,24 +54,27 @@ def _unpaddable(groups: list[Lanes], grid: Pair, reaches_out: Pair) -> bool:
     return any((g.ref.at.mul[a] == 0 and reaches_out[a]) for g in groups for a in (0, 1))
 
 
-def _operand(tr: Tracer, x: Tensor, grid: Pair) -> list[Lanes]:
-    """References for the sampled and the conditioning channels of x [1, C, H, W] at its own positions."""
+def _operand(tr: Tracer, x: Tensor, grid: Pair) -> tuple[list[Lanes], Tensor | None]:
+    """References for the sampled and the conditioning channels of x [1, C, H, W] at its own positions, and the ids of those
+    beside which constants stand (None: its own, in closed form). A copy with regular labels holds the constants too."""
     field = tr.closed(x)
     if field is not None:
-        return field.groups()[0]
-    ids = tr.ids(x).reshape(x.shape[1], -1)
+        return field.groups()[0], None
+    whole = tr.ids(x)
     i, j = sites(*grid)
     try:
+        ids = whole.reshape(x.shape[1], -1)
         groups, constant = fit_parts(ids, i, j)
     except Irregular:
-        ids = relabel(tr, x, tr.ids(x)).reshape(x.shape[1], -1)
+        whole = relabel(tr, x, whole)
+        ids = whole.reshape(x.shape[1], -1)
         groups, constant = fit(ids, i, j)
     lanes = [k for k in constant if bool((ids[k] == COND).any())]
     if lanes:
         index = torch.arange(x.numel()).view(x.shape[1], *grid)[lanes]
         node = tr.cond_source(_call_argument(tr, x), index, grid)
         groups.append(Lanes(lanes, Ref(node, tuple(range(len(lanes))), Affine(hi=grid))))
-    return groups
+    return groups, whole
 
 
 def _call_argument(tr: Tracer, x: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def convolution(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> I
         return _folded(tr, x, w, b, s, p, d, out)
     grid: Pair = (x.shape[2], x.shape[3])
     out_grid: Pair = (1, out.shape[2]) if one else (out.shape[2], out.shape[3])
-    lanes = _operand(tr, x, grid)
+    lanes, ids = _operand(tr, x, grid)
     kernel: Pair = (w.shape[2], w.shape[3])
     padded = (p[0] > 0 or transposed, p[1] > 0 or transposed)
     if _unpaddable(lanes, grid, padded):
@@ -111,7 +114,7 @@ def convolution(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> I
                     ref = Ref(g.ref.node, g.ref.chans, compose(g.ref.at, mul, off))
                     weight = w[:, :, a, e] if len(g.lanes) == w.shape[1] else w[:, g.lanes, a, e]
                     taps.append(Term(ref, weight.clone(), parity, (a, e), kernel, full))
-    bias = _constant_part(tr, x, w, b, (s, p, d), transposed, out_grid)
+    bias = _constant_part(tr, x, ids, w, b, (s, p, d), transposed, out_grid)
     node = tr.add(TapsNode, "conv_transpose" if transposed else "conv", w.shape[0], out_grid,
                   taps=taps, bias=bias, up=s if transposed else (1, 1))  # fmt: skip
     return ClosedForm.of_node(node.index, w.shape[0], out_grid)
@@ -131,14 +134,21 @@ def _positions(k: Pair, s: Pair, p: Pair, d: Pair, transposed: bool) -> list[tup
 
 
 def _constant_part(
-    tr: Tracer, x: Tensor, w: Tensor, b: Tensor | None, geometry: Any, transposed: bool, out_grid: Pair
+    tr: Tracer,
+    x: Tensor,
+    ids: Tensor | None,
+    w: Tensor,
+    b: Tensor | None,
+    geometry: Any,
+    transposed: bool,
+    out_grid: Pair,
 ) -> Tensor | None:
-    """What the constant elements of x and the bias contribute: [O], or [O, H, W] where it varies over sites."""
+    """What the constant elements of x [1, C, H, W] and the bias contribute: [O], or [O, H, W] where it varies over sites."""
     field = tr.closed(x)
     if field is not None and (field.whole or (field.zero and bool((field.lanes >= 0).all()))):
         return None if b is None else b.detach().clone()
-    ids = tr.ids(x)
-    fixed = torch.where((ids == CONST), x.to(w.dtype), torch.zeros((), dtype=w.dtype))
+    ids = tr.ids(x) if ids is None else ids
+    fixed = torch.where(ids == CONST, x.to(w.dtype), torch.zeros((), dtype=w.dtype))
     bias = None if b is None else b.detach().clone()
     if not bool(fixed.any()):
         return bias

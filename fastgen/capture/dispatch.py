@@ -27,7 +27,7 @@ from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE, pointwise
 from fastgen.capture.reads import READS, YES_OR_NO, Read, refuse, shape_read
 from fastgen.capture.shadow import Ids
-from fastgen.capture.signature import check_call, check_result, check_type
+from fastgen.capture.signature import check_call, check_result, check_type, numbers_of
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 
@@ -109,6 +109,8 @@ class Dispatcher(TorchDispatchMode):
             return self._random(func, name, args, kwargs)
         dynamic = any(tr.dynamic(t) for t in tensors)
         conditional = any(tr.conditional(t) for t in tensors)
+        if dynamic and not tr.depth and name.rstrip("_") in POINTWISE:
+            tr.numbers[tr.call] = numbers_of(args, kwargs)
         if func._schema.is_mutable and name not in RESULT_ALONE:
             return self._mutate(func, name, args, kwargs, dynamic, conditional)
         if (dynamic or conditional) and (decider := shape_read(tr, func, name, args, tensors)) is not None:

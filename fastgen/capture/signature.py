@@ -68,6 +68,11 @@ CONDITIONAL: dict[str, Iterable[int]] = {
 }  # fmt: skip
 
 
+def numbers_of(args: Any, kwargs: Any) -> tuple[float, ...]:
+    """The Python numbers among the arguments of a call."""
+    return tuple(float(a) for a in tree_leaves((args, kwargs)) if isinstance(a, int | float))
+
+
 def check_call(tr: Tracer, func: Any, name: str, args: Any, kwargs: Any) -> None:
     """Raises Irregular for an argument that the rule of an operation does not follow."""
     if name in OVERLOADS and func._overloadname not in OVERLOADS[name]:

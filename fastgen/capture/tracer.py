@@ -19,7 +19,7 @@ from fastgen.capture.ranges import Range, Ranges, of_values, union
 from fastgen.capture.shadow import Ids, ShadowMemory
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath
-from fastgen.graph.node import Node, Point
+from fastgen.graph.node import Call, Node, Point
 from fastgen.graph.refs import Pair
 from fastgen.graph.sources import CondNode, OpaqueNode
 
@@ -37,6 +37,7 @@ class Tracer(ShadowMemory):
         self.points: list[Point] = []
         self.notes: list[str] = []
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.numbers: dict[Call, tuple[float, ...]] = {}
         self.depth = 0  # of decompositions
         self.call: tuple[str, str, int] = ("", "", 0)
         self.call_args: list[Tensor] = []

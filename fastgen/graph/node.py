@@ -112,6 +112,7 @@ class Node(ABC):
 
 
 Point = tuple[str, str, int, int]  # module path, aten op, which call of it there, which argument
+Call = tuple[str, str, int]
 
 
 @dataclass
@@ -122,6 +123,8 @@ class Graph:
     params: list[int]
     points: list[Point]  # where conditioning is read
     notes: list[str]
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)  # of every operation in every module
+    numbers: dict[Call, tuple[float, ...]] = field(default_factory=dict)  # Python's, in functions of sampled values
     answers: list[bool | None] = field(
         default_factory=list
     )  # to what Python asks in forward, in turn; None: a constant's
