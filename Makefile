@@ -88,7 +88,7 @@ sanitize-address sanitize-thread: $(VENV)/.built
 	@$(VENV)/bin/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(VENV))/bin/ninja" \
 	  "-DFASTGEN_SANITIZE=$(SANITIZERS)" "-DFASTGEN_PROGRAMS=$(abspath build/$@/programs)" >build/$@.log
 	@$(VENV)/bin/cmake --build build/$@ >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
-	@cd build/$@ && "$(abspath $(VENV))/bin/ctest" --output-on-failure --no-tests=error
+	@cd build/$@ && "$(abspath $(VENV))/bin/ctest" -j 2 --output-on-failure --no-tests=error
 
 fuzz: build
 	@$(PY) -W ignore -m tests.fuzz $(ARGS)

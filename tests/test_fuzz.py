@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import outcome
 
-SEEDS, EACH = 300, 25
+SEEDS, EACH = 200, 25
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, EACH))
