@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
 import zlib
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import FastgenError
 from fastgen.native import native
-from fastgen.view import CONTAINERS, SIMPLE, content
+from fastgen.view import CONTAINERS, SIMPLE, content, of_the_person
 
 # Of a module's own attributes, what has no say in what forward gives.
 ASIDE = frozenset(
@@ -137,11 +136,7 @@ def _holders(root: nn.Module) -> Iterator[Holder]:
 
 
 def _plain_object(value: Any) -> bool:
-    if isinstance(value, types.SimpleNamespace):
-        return True
-    home = type(value).__module__.split(".")[0]
-    known = home in sys.stdlib_module_names or home in ("torch", "numpy")
-    return not known and (isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(value)))
+    return of_the_person(value) and (isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(value)))
 
 
 def _slots(value: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.forward import FORWARD_ERRORS
+from fastgen.forward import FORWARD_ERRORS, refused
 from fastgen.spec import Spec
 from fastgen.teacher_forced import forward_parameters
 
@@ -49,7 +49,10 @@ def odd_site(model: nn.Module, spec: Spec, cond: tuple[Any, ...], reach: int, pl
     """The first site of a sequence of spec's length that does not do what others do; None: there is none, or it is too
     short to tell."""
     spec = spec.at_length(min(spec.sites[0], LONGEST))
-    return _first_odd(_periodic(model, spec, cond), reach, planned)
+    try:
+        return _first_odd(_periodic(model, spec, cond), reach, planned)
+    except FORWARD_ERRORS as error:
+        raise refused(spec.encode(spec.example_values(1)), cond, error) from error
 
 
 def _first_odd(params: Tensor, reach: int, planned: int) -> int | None:

@@ -186,8 +186,8 @@ class Sampler:
         """Samples n, runs forward once on the result, and compares every parameter and every draw.
 
         Samples have another conditioning than the example of compile, where forward takes one that is found, and of several
-        the last is half given. Weights in low precision are proved in two steps: the plan in float32
-        against forward, and the executor against the plan with equally rounded weights.
+        the last is half given. Weights in low precision are proved in two steps: the plan in float32 against forward, and
+        the executor against the plan with equally rounded weights.
 
         length: sites of a sequence; by default those of compile, and at most 4,096 where conditioning allows. Raises
         UnsupportedError where forward returns probabilities.

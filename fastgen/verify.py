@@ -170,7 +170,7 @@ Noise = tuple[float, float]  # rounding errors, of a parameter (relative) and of
 
 def _verify(
     spec: Spec, executor: Executor, request: Request, truth: Truth, fine: Truth | None, noise: Noise | None = None
-) -> tuple[VerifyReport, Noise]:  # fmt: skip
+) -> tuple[VerifyReport, Noise]:
     """Runs `request` and checks it; equal to one's own teacher-forced forward everywhere is equal to the naive loop."""
     values, params = executor.run(request)
     assert params is not None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgen.errors import UnsupportedError
-from fastgen.forward import ModulePath
+from fastgen.forward import ModulePath, device_of
 
 CONTAINERS = (list, tuple, set, frozenset, dict, collections.deque)  # with their subclasses
 SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -55,10 +55,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied(view: nn.Module) -> nn.Module:
-    """Tensors that are plain attributes (masks, what hooks compute) come along, detached and on the CPU: `deepcopy`
-    refuses those with a history, and `Module.cpu` leaves them where they are."""
+    """A copy of a private view and of its parameters. Tensors that are plain attributes (masks, what hooks compute) come
+    along, detached and on the CPU: `deepcopy` refuses those with a history, and `Module.cpu` leaves them where they are."""
     memo: dict[int, Tensor] = {}
-    elsewhere = next((p.device for p in view.parameters()), torch.device("cpu")).type != "cpu"
+    elsewhere = device_of(view).type != "cpu"
     for module in view.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -169,11 +169,9 @@ class _Copier:
     def _object(self, value: Any) -> Any:
         """An object of a class of the person's, or one that holds modules somewhere, with their shells in it."""
         own = getattr(value, "__dict__", None)
-        home = type(value).__module__.split(".")[0]
-        if home in ("torch", "builtins") or not isinstance(own, dict):
+        if not isinstance(own, dict) or type(value).__module__.split(".")[0] in ("torch", "builtins"):
             return value
-        theirs = home not in sys.stdlib_module_names and home not in ("numpy", "transformers", "lightning")
-        if not theirs and not isinstance(value, types.SimpleNamespace) and not _reaches_module(own.values()):
+        if not of_the_person(value) and not _reaches_module(own.values()):
             return value
         inside = {k: self(v) for k, v in own.items()}
         try:
@@ -182,6 +180,13 @@ class _Copier:
         except Exception:  # made in another way
             return value
         return made
+
+
+def of_the_person(value: Any) -> bool:
+    """Whether an object is of a class that is neither Python's nor torch's nor NumPy's; a SimpleNamespace counts."""
+    home = type(value).__module__.split(".")[0]
+    known = home in sys.stdlib_module_names or home in ("torch", "numpy")
+    return isinstance(value, types.SimpleNamespace) or not known
 
 
 def _reaches_module(values: Any, depth: int = 4) -> bool:

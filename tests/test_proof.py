@@ -43,9 +43,9 @@ def sampler_of(model: nn.Module, head: Head, **options: Any) -> Sampler:
     return fastgen.compile(model, (1, T), head, threads=1, **{"verify": False, **options})
 
 
-def planted(sampler: Sampler, error: Callable[[Tensor], Tensor], uniforms_of: Any = None) -> Any:
-    """The report where parameters are off by `error`, and values are drawn from those, as a wrong executor would."""
-    run, head = sampler.executor.run, sampler.spec.head
+def planted(sampler: Sampler, error: Callable[[Tensor], Tensor]) -> Any:
+    """The report where the executor's parameters are off by `error`."""
+    run = sampler.executor.run
 
     def wrong(request: Request) -> tuple[Tensor, Tensor | None]:
         values, params = run(request)
@@ -54,7 +54,6 @@ def planted(sampler: Sampler, error: Callable[[Tensor], Tensor], uniforms_of: An
 
     sampler.executor.run = wrong  # type: ignore[method-assign]
     try:
-        assert head is sampler.spec.head
         return sampler.verify()
     finally:
         sampler.executor.run = run  # type: ignore[method-assign]
@@ -109,7 +108,6 @@ def test_more_ties_than_are_likely() -> None:
     head = Categorical(2, encode="unit", params="B(n*C)*")
     sampler = sampler_of(Delayed(2, lambda y: y * 0), head)
     run = sampler.executor.run
-    values, _ = run(sampler._request(2, 0, None, 1.0, None, None, 0, None))
 
     def lying(request: Request) -> tuple[Tensor, Tensor | None]:
         drawn, theta = run(request)
@@ -119,7 +117,6 @@ def test_more_ties_than_are_likely() -> None:
 
     sampler.executor.run = lying  # type: ignore[method-assign]
     assert not sampler.verify().ok
-    assert values is not None
 
 
 # ---- low precision -----------------------------------------------------------------------------------------------
@@ -183,15 +180,11 @@ def test_given_values_are_part_of_it() -> None:
     run = sampler.executor.run
 
     def forgetful(request: Request) -> tuple[Tensor, Tensor | None]:
-        values, params = run(request)
-        if request.given is not None and request.mask is not None:  # kept, but never fed to what comes after
-            request.given, request.mask = None, None
-            values, params = run(request)
-        return values, params
+        """Draws what is given."""
+        return run(replace(request, given=None, mask=None))
 
     sampler.executor.run = forgetful  # type: ignore[method-assign]
-    report = sampler.verify()
-    assert not report.ok or report.draws_equal == report.draws
+    assert not sampler.verify().ok
     asked: list[Request] = []
     sampler.executor.run = lambda request: (asked.append(request), run(request))[1]  # type: ignore[method-assign]
     assert sampler.verify().ok

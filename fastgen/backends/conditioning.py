@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.backends.marks import Marks
 from fastgen.backends.request import Request
-from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS
+from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS, written_by
 from fastgen.capture.reads import READS
 from fastgen.capture.signature import COMPUTES, numbers_of
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
@@ -80,8 +80,9 @@ class _Collector(TorchDispatchMode):
         if self.whole:
             self._compare((*key, self.calls[key] - 1), args, kwargs)
         skipped = sampled and name.rstrip("_") in COMPUTES and all(bool(m.all()) for m in marks)
-        if skipped and func._schema.is_mutable:
-            out: Any = args[0]
+        written = written_by(func, args, kwargs)
+        if skipped and written:
+            out: Any = written[0]
         elif skipped:
             made = (*key, self.calls[key])
             if made not in self.shapes:
@@ -89,7 +90,6 @@ class _Collector(TorchDispatchMode):
             out = tree_map(_zeros, self.shapes[made])
         else:
             out = func(*args, **kwargs)
-        written = [t for t in args[:1] if isinstance(t, Tensor) and func._schema.is_mutable]
         if sampled and name not in METADATA_OPS and name not in FRESH_OPS:
             if skipped:
                 for t in [*tree_leaves(out), *written]:

@@ -21,9 +21,9 @@ from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath, first_tensor, plain, try_forward
 from fastgen.graph.maps import MapNode
-from fastgen.graph.node import Graph, Node
+from fastgen.graph.node import Graph
 from fastgen.graph.refs import Pair
-from fastgen.graph.sources import InputNode, OpaqueNode
+from fastgen.graph.sources import InputNode
 from fastgen.view import copied, neutral
 
 
@@ -41,8 +41,7 @@ def capture(
 
     The sampled tensor has `channels` (encoded) at each site of `grid`; `laid_out` shapes [1, channels, sites] like x, and
     `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. `limits`: between which numbers
-    the sampled tensor's lie. Raises UnsupportedError and
-    ShapeError; NotCausalError comes later (plan/ready.py).
+    the sampled tensor's lie. Raises UnsupportedError and ShapeError; NotCausalError comes later (plan/ready.py).
     """
     path = ModulePath()
     tracer = Tracer(path, grid, limits)
@@ -76,7 +75,9 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
             "(is it computed outside torch, or by a custom autograd function?)"
         )
     height, width, phases, count = ids.shape[1:]
-    _check_opaque(tr.nodes, ids)
+    blocked = tr.opaque_in(ids)
+    if blocked is not None:
+        raise UnsupportedError(tr.reason(blocked))
     i, j = sites(height, width)
     params = []
     tr.path.stack = ["output"]
@@ -91,11 +92,3 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
         params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[pieces]).index)
     answers = [None if r is None else r.answer for r in tr.reads]
     return Graph(tr.nodes, params, tr.points, tr.notes, dict(tr.calls), tr.numbers, answers)
-
-
-def _check_opaque(nodes: list[Node], ids: Tensor) -> None:
-    """Raises UnsupportedError where an output is itself the result of an operation without a rule."""
-    for k in (ids[ids >= 0] >> 48).unique().tolist():
-        node = nodes[k]
-        if isinstance(node, OpaqueNode):
-            raise UnsupportedError(f"layer {node.path}: {node.reason}")

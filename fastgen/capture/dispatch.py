@@ -47,11 +47,8 @@ REFUSED = {
     "cumsum": "a running sum", "cumprod": "a running product",
     "native_group_norm": "a norm over sites", "sort": "sorting", "topk": "top-k",
 }  # fmt: skip
-WHOLE = {
-    "max": "the largest",
-    "min": "the smallest",
-    "aminmax": "the smallest and largest",
-}  # of all values, without a dim
+# Of all values, where no dim is given.
+WHOLE = {"max": "the largest", "min": "the smallest", "aminmax": "the smallest and largest"}
 # Random only in training; this argument says so.
 TRAINED = {"native_dropout": 2, "rrelu_with_noise": 4}
 # They write an argument besides their result, which nobody reads.

@@ -70,13 +70,15 @@ class Tracer(ShadowMemory):
 
     def opaque_ids(self, tensors: list[Tensor]) -> int | None:
         """The id of the first result without a rule among some tensors, if any."""
-        if not any(isinstance(n, OpaqueNode) for n in self.nodes):
-            return None
-        found = (self._opaque_id(self.ids(t)) for t in tensors if self.closed(t) is None)  # those are never opaque
+        found = (self.opaque_in(self.ids(t)) for t in tensors if self.closed(t) is None)  # those are never opaque
         return next((k for k in found if k is not None), None)
 
-    def _opaque_id(self, ids: Tensor) -> int | None:
-        marks = torch.tensor([n.index for n in self.nodes if isinstance(n, OpaqueNode)], dtype=torch.int64)
+    def opaque_in(self, ids: Tensor) -> int | None:
+        """The id of the first element without a rule, if any."""
+        opaque = [n.index for n in self.nodes if isinstance(n, OpaqueNode)]
+        if not opaque:
+            return None
+        marks = torch.tensor(opaque)
         hit = ids[torch.isin(ids >> 48, marks) & (ids >= 0)]
         return int(hit[0]) if len(hit) else None
 
@@ -87,7 +89,7 @@ class Tracer(ShadowMemory):
 
     def no_rule(self, t: Tensor, ids: Tensor) -> int:
         """See ShadowMemory."""
-        opaque = self._opaque_id(ids)
+        opaque = self.opaque_in(ids)
         if opaque is not None:
             return opaque
         reason = f"the bytes of sampled values are taken for {str(t.dtype).removeprefix('torch.')}, which they are not"
