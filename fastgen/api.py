@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.backends.cuda import TEAMS
 from fastgen.backends.registry import BACKENDS, EXECUTORS
-from fastgen.backends.request import Request
 from fastgen.checks import MOST_THREADS, own_copy, whole_number
-from fastgen.diagnose import diagnose
 from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError, VerifyError
 from fastgen.forward import device_of
 from fastgen.heads import HEADS, Head
@@ -95,8 +93,7 @@ def compile(
         if not report.ok and sampler.fix_length():  # a sequence whose sites are not alike
             report = sampler.verify()
         if not report.ok:
-            why = diagnose(sampler.on_cpu, sampler.spec, Request(2, 0, cond=cond))
-            raise VerifyError(f"stepping does not reproduce forward ({report}): {why}")
+            raise VerifyError(f"stepping does not reproduce forward ({report}): {sampler.explain()}")
     return sampler
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a forward: probabilities where logits belong, NaN, random numbers, samples that mix."""
+"""What is wrong with a forward (probabilities where logits belong, NaN, random numbers, samples that mix), or with a plan."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastgen.backends.request import Request
-from fastgen.errors import UnsupportedError
-from fastgen.graph.node import Graph
+from fastgen.capture.capture import capture
+from fastgen.capture.ids import col_of, row_of
+from fastgen.capture.tracer import Tracer
+from fastgen.errors import FastgenError, UnsupportedError
+from fastgen.forward import FORWARD_ERRORS
+from fastgen.graph.node import Graph, Node
+from fastgen.graph.sources import CondNode, InputNode
+from fastgen.plan.plan import Plan
 from fastgen.spec import Spec
 from fastgen.teacher_forced import forward_parameters
 from fastgen.variations import batched
@@ -60,20 +66,85 @@ def _first_nan(model: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
-def diagnose(model: nn.Module, spec: Spec, request: Request) -> str:
-    """Why verification may have failed: forward gives NaN, is random, or mixes the samples of a batch."""
-    n = 2
-    values = spec.example_values(n)
-    cond = tuple(c[:1].expand(n, *c.shape[1:]) if batched(c) else c for c in request.cond)
+def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
+    """Raises UnsupportedError where forward gives NaN, is random, or mixes the samples of a batch, so that there is nothing
+    to reproduce. request: of two samples or more."""
+    values, cond = spec.example_values(request.slots), request.cond
     with _first_nan(model) as culprit:
         first = forward_parameters(model, spec, values, cond)
     if bool(first.isnan().any()):
-        return f"forward gives NaN, from {f'layer {culprit[0]}' if culprit and culprit[0] else 'its own code'} on"
+        where = f"layer {culprit[0]}" if culprit and culprit[0] else "its own code"
+        raise UnsupportedError(f"forward gives NaN, from {where} on")
     again = forward_parameters(model, spec, values, cond)
     if not torch.equal(first, again):
-        return "forward gives different results on the same input: it is random even in eval mode (dropout?)"
-    one = tuple(c[:1] if batched(c) else c for c in cond)
-    alone = forward_parameters(model, spec, values[:1], one)
-    if float((first[:1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
-        return "forward mixes the samples of a batch: a sample's parameters change with what else is in it"
-    return "the plan does not reproduce this module; please report it"
+        raise UnsupportedError(
+            "forward gives different results on the same input: it is random even in eval mode (dropout?)"
+        )
+    for k in range(request.slots):
+        one = tuple(c[k : k + 1] if batched(c) else c for c in cond)
+        alone = forward_parameters(model, spec, values[k : k + 1], one)
+        if float((first[k : k + 1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
+            raise UnsupportedError(
+                "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or "
+                "conditioning of the first sample used for all of them?)"
+            )
+
+
+class _Replay:
+    """Watches forward as it is captured on real values, and computes what the nodes of a plan's graph say of each result."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.values: list[Tensor] = []
+        self.errors: list[tuple[str, float]] = []
+
+    def __call__(self, tr: Tracer, t: Tensor) -> None:
+        for node in tr.nodes[len(self.values) :]:
+            self.values.append(self._value(tr, node))
+        ids = tr.ids(t)
+        here = ids >= 0
+        if not bool(here.any()) or t.is_complex():
+            return
+        ids, found = ids[here], t.detach()[here].double()
+        wanted = torch.empty_like(found)
+        for k in (ids >> 48).unique().tolist():
+            own = ids[(ids >> 48) == k]
+            wanted[(ids >> 48) == k] = self.values[k][(own >> 32) & 0xFFFF, row_of(own), col_of(own)]
+        off = torch.where(found == wanted, 0.0, (found - wanted).abs() / found.abs().clamp(min=1))
+        self.errors.append((f"layer {tr.path.current}: aten.{tr.call[1]}", float(off.nan_to_num(0.0).max())))
+
+    def _value(self, tr: Tracer, node: Node) -> Tensor:
+        if isinstance(node, InputNode):
+            x = torch.zeros(node.channels, *node.grid, dtype=torch.float64)
+            ids = tr.ids(tr.sampled)
+            x[(ids >> 32) & 0xFFFF, row_of(ids), col_of(ids)] = tr.sampled.double()
+            return x
+        if isinstance(node, CondNode):
+            return tr.call_args[tr.points[node.point][3]].detach().double().reshape(-1)[node.gather]
+        planned = self.graph.nodes[node.index] if node.index < len(self.graph.nodes) else node
+        return (planned if type(planned) is type(node) or planned.linear else node).value(self.values)
+
+    @property
+    def first(self) -> tuple[str, float] | None:
+        """The first operation whose result differs, and by how much, relative to itself or to 1."""
+        for least in (1e-3, 1e-4, 1e-5):
+            found = next((e for e in self.errors if e[1] > least), None)
+            if found is not None:
+                return found
+        return None
+
+
+def first_difference(model: nn.Module, plan: Plan, cond: tuple[Any, ...]) -> str:
+    """What to say of a plan that does not reproduce forward: at which layer, for a conditioning (batch 1)."""
+    spec, replay = plan.spec, _Replay(plan.graph)
+    x = spec.encode(spec.example_values(1))
+    try:
+        capture(
+            model, x, cond, spec.input_channels, spec.grid, spec.laid_out, spec.parameters, spec.input_range, replay
+        )
+    except (FastgenError, *FORWARD_ERRORS) as error:
+        return f"and on other values it cannot be planned: {error}"
+    if replay.first is None:
+        return "every layer agrees with its plan, so that it is the program made of it that differs; please report it"
+    where, off = replay.first
+    return f"{where} is the first whose result is not what was planned (off by {off:.1e}); please report it"

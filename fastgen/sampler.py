@@ -14,6 +14,7 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import check_drawn, conditioning_of, known_values, scored_values, temperature_of, whole_number
+from fastgen.diagnose import check_forward, first_difference
 from fastgen.errors import FastgenError, ModelChangedError, UnsupportedError
 from fastgen.fingerprint import Fingerprint, check_finite
 from fastgen.lengths import lengths_of, odd_site
@@ -26,7 +27,7 @@ from fastgen.progress import Bar, Callback
 from fastgen.rng import seed_of
 from fastgen.spec import Spec
 from fastgen.stream import stream
-from fastgen.variations import variations
+from fastgen.variations import batched, variations
 from fastgen.verify import VerifyReport, verify
 from fastgen.view import neutral, private_view, unwrapped
 
@@ -195,6 +196,18 @@ class Sampler:
         n = whole_number(n, "n", "a number of samples", least=1)
         self._check_weights()
         return self._verify(n, seed, self._proof_length() if length is None else length, temperature)
+
+    @neutral()
+    def explain(self) -> str:
+        """Why verification may have failed: the first layer whose result is not what was planned.
+
+        Raises UnsupportedError where forward itself is at fault: it gives NaN, is random, or mixes the samples of a batch.
+        """
+        length = self._proof_length()
+        spec = self._spec_at(length)
+        request = variations(self.on_cpu, spec, self._request(2, 0, None, 1.0, None, None, 0, length))
+        check_forward(self.on_cpu, spec, request)
+        return first_difference(self.on_cpu, self.plan, tuple(c[:1] if batched(c) else c for c in request.cond))
 
     def _proof_length(self) -> int | None:
         return min(self.spec.sites[0], VERIFY_SITES) if self.any_length else None

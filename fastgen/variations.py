@@ -14,18 +14,25 @@ from fastgen.teacher_forced import forward_parameters
 
 
 def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
-    """The request with what a proof is to hold for: another conditioning than this one, where forward takes one that is
-    found; and the last of several samples is half given."""
+    """The request with what a proof is to hold for: every second sample has another conditioning than this one, where
+    forward takes one that is found; and the last of several is half given."""
     other = another(model, spec, tuple(c[:1] if batched(c) else c for c in request.cond))
     cond = request.cond
     if other is not None:
-        cond = tuple(o.expand_as(c) if batched(c) else c for c, o in zip(cond, other, strict=True))
+        cond = tuple(_in_turn(o, c) if batched(c) else c for c, o in zip(cond, other, strict=True))
     if request.slots < 2:
         return replace(request, cond=cond)
     given = spec.example_values(request.slots)
     mask = torch.zeros_like(given, dtype=torch.bool)
     mask[-1, ::2] = True
     return replace(request, cond=cond, given=given, mask=mask)
+
+
+def _in_turn(other: Tensor, c: Tensor) -> Tensor:
+    """Every second sample of c [n, ...], from the first on, has other [1, ...]."""
+    c = c.clone()
+    c[::2] = other
+    return c
 
 
 def batched(c: Any) -> bool:

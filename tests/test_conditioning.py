@@ -1,4 +1,4 @@
-"""Uses of conditioning that no rule follows: refused by name, not frozen at the example's value."""
+"""Conditioning in every role: followed for every sample of a batch, or refused by name; never frozen at the example's value."""
 
 # As users write: modules are not annotated in full.
 # mypy: disable-error-code="no-any-return,operator"
@@ -50,7 +50,8 @@ def copies_scaled(m: Any, h: Tensor, label: Tensor) -> Tensor:
 def filled(m: Any, h: Tensor, label: Tensor) -> Tensor:
     """Channel 1 filled with a number of the first label."""
     h = h.clone()
-    h[:, 1].fill_(m.table[label][0, 0])
+    for k in range(len(h)):
+        h[k, 1].fill_(m.table[label][k, 0])
     return h
 
 
@@ -60,25 +61,95 @@ def zeroed(m: Any, h: Tensor, label: Tensor) -> Tensor:
     return h
 
 
+def each(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A use for one sample (batch 1), made one for each of a batch."""
+    return lambda m, h, c: torch.cat([function(m, h[k : k + 1], c[k : k + 1]) for k in range(len(h))])
+
+
+def folded_groups(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """A convolution with weights of each sample's own, the batch folded into groups."""
+    b, c, t = h.shape
+    weight = torch.stack([m.many[label], m.many[label].mT], -1).reshape(b * c, c, 2)
+    padded = F.pad(h, (1, 0)).reshape(1, b * c, t + 1)
+    return F.conv1d(padded, weight, m.table[label].reshape(-1), groups=b).view(b, c, t)
+
+
+def masked_weight(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """Taps into the future, masked: a weight of conditioning times zero is none."""
+    weight = m.many[label][0][..., None] * torch.tensor([0.5, 1.0, 0.0])
+    return F.conv1d(h, weight, padding=1)
+
+
+def front(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """A class token in front."""
+    return torch.cat([m.table[label][:, :, None], h], 2)[..., :-1]
+
+
+def mixed_by_token(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    return torch.tanh(F.conv1d(F.pad(front(m, h, label), (1, 0)), m.many[:2].permute(1, 2, 0)))
+
+
+def normed_with_label(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    both = torch.cat([h, m.table[label][:, :, None].expand_as(h)], 1).transpose(1, 2)
+    return F.layer_norm(both, (2 * WIDTH,)).transpose(1, 2)[:, :WIDTH]
+
+
+def linear_of_both(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    both = torch.cat([h, m.table[label][:, :, None].expand_as(h)], 1).transpose(1, 2)
+    return torch.tanh(F.linear(both, torch.cat([m.many[0], m.many[1]], 1))).transpose(1, 2)
+
+
+def tokens(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """A table a label, as one: the index of a sampled value is led into its part of it."""
+    return m.many.reshape(CLASSES * WIDTH, WIDTH)[(h[:, 0] * 3).abs().long().clamp(max=2) + WIDTH * label[:, None]].mT
+
+
+def by_rank(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    order = m.table[label].argsort(1)
+    return h.gather(1, order[:, :, None].expand_as(h))
+
+
+EXPERTS: Callable[[Tensor], Tensor] = lambda h: torch.stack([h, -h, 2 * h, h * h], 1)  # noqa: E731
 FROZEN: dict[str, Callable[..., Tensor]] = {
+    "transposed weight": each(lambda m, h, c: F.conv_transpose1d(h, m.many[c][0][:, :, None])),
+    "sites by gather": lambda m, h, c: h.gather(2, c[:, None, None].expand(-1, WIDTH, h.shape[2])),
+    "two labels as indices": lambda m, h, c: h + EXPERTS(h)[torch.arange(len(h)), c, c][:, None],
+}
+MIXED: dict[str, Callable[..., Tensor]] = {  # the first sample's label for all
     "bias of a convolution": lambda m, h, c: F.conv1d(h, torch.eye(WIDTH)[:, :, None], m.table[c][0]),
     "weight of a convolution": lambda m, h, c: F.conv1d(h, m.many[c][0][:, :, None]),
+    "shift": lambda m, h, c: h + m.table[c[:1]][:, :, None],
+}
+FOLLOWED: dict[str, Callable[..., Tensor]] = {
+    "bias of a linear layer": each(
+        lambda m, h, c: F.linear(h.transpose(1, 2), torch.eye(WIDTH), m.table[c][0]).transpose(1, 2)
+    ),
+    "bias of a convolution": each(lambda m, h, c: F.conv1d(h, torch.eye(WIDTH)[:, :, None], m.table[c][0])),
+    "weight of a convolution": each(lambda m, h, c: F.conv1d(h, m.many[c][0][:, :, None])),
+    "weights in groups": folded_groups,
+    "a masked weight": each(masked_weight),
     "matrix of a hypernetwork": lambda m, h, c: torch.bmm(m.many[c], h),
-    "scale of batch norm": lambda m, h, c: F.batch_norm(h, *running(m), m.table[c][0], torch.zeros(WIDTH)),
-    "shift of batch norm": lambda m, h, c: F.batch_norm(h, *running(m), torch.ones(WIDTH), m.table[c][0]),
-    "scale of layer norm": lambda m, h, c: F.layer_norm(h.transpose(1, 2), (WIDTH,), m.table[c][0]).transpose(1, 2),
-    "expert by index": lambda m, h, c: torch.stack([h, -h, 2 * h, h * h], 1)[torch.arange(len(h)), c],
-    "expert by index_select": lambda m, h, c: torch.stack([h, -h, 2 * h, h * h], 0).index_select(0, c)[0],
+    "matrix on the right": lambda m, h, c: (h.mT @ m.many[c]).mT,
+    "matrix and bias": lambda m, h, c: torch.baddbmm(m.table[c][:, :, None], m.many[c], h),
+    "einsum": lambda m, h, c: torch.einsum("bji,bit->bjt", m.many[c], h),
+    "scale of batch norm": each(lambda m, h, c: F.batch_norm(h, *running(m), m.table[c][0], torch.zeros(WIDTH))),
+    "shift of batch norm": each(lambda m, h, c: F.batch_norm(h, *running(m), torch.ones(WIDTH), m.table[c][0])),
+    "scale of layer norm": each(lambda m, h, c: F.layer_norm(h.mT, (WIDTH,), m.table[c][0], m.table[c][0]).mT),
+    "norm with it": normed_with_label,
+    "linear layer of both": linear_of_both,
+    "expert by index": lambda m, h, c: EXPERTS(h)[torch.arange(len(h)), c],
+    "expert by index_select": each(lambda m, h, c: EXPERTS(h).index_select(1, c)[:, 0]),
+    "expert by take_along_dim": lambda m, h, c: torch.take_along_dim(EXPERTS(h), c[:, None, None, None], 1)[:, 0],
+    "expert by sums": lambda m, h, c: torch.einsum("bkct,bk->bct", EXPERTS(h), F.one_hot(c, CLASSES).float()),
     "channels by gather": lambda m, h, c: h.gather(1, c[:, None, None].expand(-1, WIDTH, h.shape[2])),
+    "channels in its order": by_rank,
     "maximum with conditioning": lambda m, h, c: (
         h + torch.cat([h, m.table[c][:, :, None].expand_as(h)], 1).amax(1, keepdim=True)
     ),
-    "a table by sampled index": lambda m, h, c: m.many[c][0][(h[:, 0] > 0).long()].transpose(1, 2),
-}
-FOLLOWED: dict[str, Callable[..., Tensor]] = {
-    "bias of a linear layer": lambda m, h, c: F.linear(h.transpose(1, 2), torch.eye(WIDTH), m.table[c][0]).transpose(
-        1, 2
-    ),
+    "a table by sampled index": each(lambda m, h, c: m.many[c][0][(h[:, 0] > 0).long()].transpose(1, 2)),
+    "a part of a table": tokens,
+    "a class token": front,
+    "a layer over a class token": mixed_by_token,
     "added": lambda m, h, c: h + m.table[c][:, :, None],
     "gate": lambda m, h, c: h * torch.sigmoid(m.table[c])[:, :, None],
     "one-hot experts": lambda m, h, c: (torch.stack([h, -h, 2 * h, h * h], 1) * F.one_hot(c, CLASSES)[:, :, None, None]).sum(1),
@@ -103,8 +174,14 @@ def compiled(use: Callable[..., Tensor]) -> fastgen.Sampler:
 
 @pytest.mark.parametrize("use", FROZEN)
 def test_what_would_be_frozen_is_refused(use: str) -> None:
-    with pytest.raises(UnsupportedError, match="conditioning"):
+    with pytest.raises(UnsupportedError, match="conditioning|index|constant"):
         compiled(FROZEN[use])
+
+
+@pytest.mark.parametrize("use", MIXED)
+def test_one_label_for_a_whole_batch_is_named(use: str) -> None:
+    with pytest.raises(UnsupportedError, match="mixes the samples of a batch"):
+        compiled(MIXED[use])
 
 
 @pytest.mark.parametrize("use", FOLLOWED)
@@ -113,8 +190,35 @@ def test_what_is_followed_is_followed_for_every_label(use: str) -> None:
     labels = torch.arange(CLASSES)
     samples = sampler.sample(CLASSES, seed=3, cond=(labels,))
     naive = fastgen.compile(sampler.model, (1, 12), sampler.spec.head, (torch.tensor([1]),), backend="naive")
-    slow = [naive.sample(1, seed=3, first=k, cond=(labels[k : k + 1],)) for k in range(CLASSES)]  # some mix a batch
-    assert torch.equal(samples, torch.cat(slow)) and len(samples.unique(dim=0)) > 1
+    assert torch.equal(samples, naive.sample(CLASSES, seed=3, cond=(labels,))) and len(samples.unique(dim=0)) > 1
+
+
+class Patterned(nn.Module):
+    """Half of the parameters are the label's alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.table = nn.Conv2d(1, N, (1, 3)), nn.Embedding(CLASSES, N)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        h = self.first(F.pad(x, (3, -1)))
+        return torch.cat([h[:, :2], 3 * self.table(label)[:, 2:, None, None].expand(-1, -1, *x.shape[2:])], 1)
+
+
+def test_parameters_that_are_the_labels_alone() -> None:
+    head = Categorical(N, encode="symmetric", params="B(n*C)*")
+    sampler = fastgen.compile(Patterned().eval(), (1, 3, 4), head, (torch.tensor([1]),), threads=1)
+    naive = fastgen.compile(sampler.model, (1, 3, 4), head, (torch.tensor([1]),), backend="naive")
+    labels = torch.arange(CLASSES).repeat(4)
+    assert torch.equal(sampler.sample(16, cond=(labels,)), naive.sample(16, cond=(labels,)))
+
+
+@pytest.mark.parametrize("use", ["expert by index", "a part of a table"])
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_a_label_that_there_is_not(use: str, label: int) -> None:
+    with pytest.raises(fastgen.errors.ShapeError, match="index"):
+        compiled(FOLLOWED[use]).sample(1, cond=(torch.tensor([label]),))
 
 
 ARGUMENTS: dict[str, tuple[Callable[..., Tensor], str]] = {

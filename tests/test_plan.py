@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fastgen
 from fastgen import Sampler
-from fastgen.backends import reference
 from fastgen.errors import UnsupportedError
+from fastgen.graph import functions
 from fastgen.heads import Categorical
 from fastgen.models import build
 from fastgen.native import native
@@ -64,7 +64,7 @@ def test_function_codes_are_those_of_the_header() -> None:
 
 def test_the_reference_knows_every_function() -> None:
     known = {"load", "store", "embed", "gather", "fill", "broadcast", "where", "muladd"}
-    known |= set(reference.UNARY) | set(reference.WITH_IMM) | set(reference.BINARY) | set(reference.REDUCE)
+    known |= set(functions.UNARY) | set(functions.WITH_IMM) | set(functions.BINARY) | set(functions.REDUCE)
     assert known == set(function_codes())
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import Sampler, UnsupportedError, VerifyError
+from fastgen import Sampler, UnsupportedError
 from fastgen.backends.request import Request
 from fastgen.errors import ShapeError
 from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, LogisticMixture
@@ -230,7 +230,7 @@ def test_nan_is_named_by_its_layer() -> None:
         def forward(self, y: Tensor) -> Tensor:
             return torch.log(y - 0.9)
 
-    with pytest.raises(VerifyError, match="forward gives NaN, from layer finish on"):
+    with pytest.raises(UnsupportedError, match="forward gives NaN, from layer finish on"):
         sampler_of(Delayed(4, Logarithm()), Categorical(4, encode="unit", params="B(n*C)*"), verify=True)
 
 

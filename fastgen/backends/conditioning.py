@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastgen.backends.marks import Marks
 from fastgen.backends.request import Request
 from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS, written_by
+from fastgen.capture.ranges import Ranges, of_values
 from fastgen.capture.reads import READS
 from fastgen.capture.signature import COMPUTES, numbers_of
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, first_tensor, plain, refused
-from fastgen.graph.node import Call, Graph
+from fastgen.graph.node import OUTPUT, Call, Graph
 from fastgen.graph.sources import CondNode
 from fastgen.program.pack import grown
 from fastgen.program.records import Program
@@ -65,9 +66,7 @@ class _Collector(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         key = (self.path.current, name)
-        for k, position in self.wanted.get((*key, self.calls[key]), []):
-            self.found[k] = tensors[position].detach().clone()
-            self.missing -= 1
+        self._look(key, tensors)
         self.calls[key] += 1
         if self.missing == 0 and not self.whole:
             raise _Done
@@ -98,6 +97,15 @@ class _Collector(TorchDispatchMode):
             else:
                 self.marks.follow(func, name, args, kwargs, out, written)
         return out
+
+    def _look(self, key: tuple[str, str], tensors: list[Tensor]) -> None:
+        for k, position in self.wanted.get((*key, self.calls[key]), []):
+            self.found[k] = tensors[position].detach().clone()
+            self.missing -= 1
+
+    def returned(self, out: Tensor) -> None:
+        """Takes what forward returned."""
+        self._look(OUTPUT, [out])
 
     def _compare(self, call: Call, args: Any, kwargs: Any) -> None:
         """Raises UnsupportedError where a number of Python's is not that of capture: it comes of a shape."""
@@ -137,6 +145,8 @@ class Conditioning:
 
     def __init__(self, model: nn.Module, spec: Spec, graph: Graph) -> None:
         self.model, self.spec, self.graph = model, spec, graph
+        reached = graph.reached()
+        self._limits = [limit for limit in graph.limits if reached.issuperset(limit.nodes)]
         self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
         self._shapes: dict[Any, Shapes] = {}
 
@@ -169,7 +179,23 @@ class Conditioning:
             if len(self._shapes) >= FORMS:
                 self._shapes.clear()
             self._shapes[form] = shapes
-        return [self._take(node, found[node.point], spec) for node in self._nodes(program)]
+        arrays = {n.index: self._take(n, found[n.point], spec) for n in self._nodes(program)}
+        self._check_limits(arrays)
+        return list(arrays.values())
+
+    def _check_limits(self, arrays: dict[int, Tensor]) -> None:
+        """Raises ShapeError where conditioning leads values out of what they must keep to (an index, out of its table)."""
+        if not self._limits:
+            return
+        ranges = Ranges(self.graph.nodes, self.graph.given, {k: of_values(a) for k, a in arrays.items()})
+        for limit in self._limits:
+            found = ranges.of(limit.nodes)
+            if found is None or found[0] < limit.low or found[1] > limit.high:
+                given = "without limits" if found is None else f"from {found[0]:g} to {found[1]:g}"
+                expected = f"{limit.low:g} to {limit.high:g}"
+                raise ShapeError(
+                    f"layer {limit.path}: with this conditioning {limit.what} is {given}; expected {expected}"
+                )
 
     def _recall(self, key: bytes) -> list[Tensor] | None:
         return self._known.pop(key, None)
@@ -193,6 +219,7 @@ class Conditioning:
             try:
                 with mode:
                     out = first_tensor(self.model(x, *cond))
+                mode.returned(out)
                 if mode.missing == 0:
                     spec.parameters(out)
                     mode.finish()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import rng
@@ -15,38 +13,10 @@ from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
 from fastgen.errors import Cancelled
+from fastgen.graph.functions import REDUCE, arity, pointwise
 from fastgen.program import records as R
 from fastgen.program.functions import function_names
 from fastgen.program.programs import Programs
-
-UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "copy": lambda a: a, "neg": torch.neg, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid, "relu": torch.relu, "abs": torch.abs, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
-    "sin": torch.sin, "cos": torch.cos, "reciprocal": torch.reciprocal, "log1p": torch.log1p, "expm1": torch.expm1,
-    "erf": torch.erf, "sign": torch.sign, "floor": torch.floor, "ceil": torch.ceil, "round": torch.round,
-    "trunc": torch.trunc, "not": lambda a: (a == 0).float(), "silu": F.silu, "gelu": F.gelu,
-    "atan": torch.atan, "gelutanh": lambda a: F.gelu(a, approximate="tanh"),
-}  # fmt: skip
-WITH_IMM: dict[str, Callable[[Tensor, float, float, float], Tensor]] = {
-    "elu": lambda a, p, q, r: torch.where(a > 0, q * a, q * p * torch.expm1(torch.clamp(a, max=0) * r)),
-    "leakyrelu": lambda a, p, q, r: F.leaky_relu(a, p),
-    "softplus": lambda a, p, q, r: F.softplus(a, p, q),
-    "clamp": lambda a, p, q, r: torch.clamp(a, p, q),
-    "affine": lambda a, p, q, r: a * p + q,
-    "powscalar": lambda a, p, q, r: a**p,
-    "scalarpow": lambda a, p, q, r: p**a,
-}
-BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
-    "minimum": torch.minimum, "pow": torch.pow, "eq": torch.eq, "ne": torch.ne, "gt": torch.gt, "ge": torch.ge,
-    "lt": torch.lt, "le": torch.le, "and": lambda a, b: (a != 0) & (b != 0), "or": lambda a, b: (a != 0) | (b != 0),
-    "remainder": torch.remainder,
-}  # fmt: skip
-REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda a: a.sum(-1),
-    "max": lambda a: a.amax(-1),
-    "min": lambda a: a.amin(-1),
-}
 
 
 class Machine:
@@ -149,21 +119,8 @@ class Machine:
         elif fn in REDUCE:
             scratch[..., dst] = REDUCE[fn](at(m["a"], n))
         else:
-            scratch[..., dst : dst + n] = self._pointwise(fn, m, at, n, imm).to(self.dtype)
-
-    @staticmethod
-    def _pointwise(fn: str, m: Any, at: Any, n: int, imm: tuple[float, float, float]) -> Tensor:
-        a = at(m["a"], n)
-        if fn in UNARY:
-            return UNARY[fn](a)
-        if fn in WITH_IMM:
-            return WITH_IMM[fn](a, *imm)
-        b = at(m["b"], n)
-        if fn in BINARY:
-            return BINARY[fn](a, b)
-        c = at(m["c"], n)
-        result: Tensor = torch.where(a != 0, b, c) if fn == "where" else a * b + c
-        return result
+            operands = [at(m[k], n) for k in "abc"[: arity(fn)]]
+            scratch[..., dst : dst + n] = pointwise(fn, operands, imm).to(self.dtype)
 
     def items(self, items: Any, periods: int) -> None:
         """Runs schedule items, shifted by whole periods."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.capture.dispatch import Dispatcher
-from fastgen.capture.fit import Irregular, fit, pieces_of
+from fastgen.capture.dispatch import Dispatcher, Watch
+from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, node_ids, sites
+from fastgen.capture.operands import Elements, elements, pieces
 from fastgen.capture.python_calls import PythonCalls
 from fastgen.capture.ranges import Range
 from fastgen.capture.reads import check_reads
@@ -21,7 +22,7 @@ from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath, first_tensor, plain, try_forward
 from fastgen.graph.maps import MapNode
-from fastgen.graph.node import Graph
+from fastgen.graph.node import OUTPUT, Graph
 from fastgen.graph.refs import Pair
 from fastgen.graph.sources import InputNode
 from fastgen.view import copied, neutral
@@ -36,12 +37,14 @@ def capture(
     laid_out: Callable[[Tensor], Tensor],
     parameters_of: Callable[[Tensor], Tensor],
     limits: Range = None,
+    watch: Watch | None = None,
 ) -> Graph:
     """Runs model(x, *cond) at batch 1 and returns its graph.
 
     The sampled tensor has `channels` (encoded) at each site of `grid`; `laid_out` shapes [1, channels, sites] like x, and
     `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. `limits`: between which numbers
-    the sampled tensor's lie. Raises UnsupportedError and ShapeError; NotCausalError comes later (plan/ready.py).
+    the sampled tensor's lie. watch: is shown every result of an operation, as it is made. Raises UnsupportedError and
+    ShapeError; NotCausalError comes later (plan/ready.py).
     """
     path = ModulePath()
     tracer = Tracer(path, grid, limits)
@@ -50,11 +53,12 @@ def capture(
         cond = tuple(cond_list)
         try_forward(model, x, tuple(map(plain, cond)))
         tracer.add(InputNode, "input", channels, grid)
+        tracer.sampled = x
         tracer.put(x, laid_out(node_ids(0, channels, grid)[None]))
         for t in cond:
             if isinstance(t, Tensor):
                 tracer.put(t, torch.full(t.shape, COND, dtype=torch.int64))
-        with Dispatcher(tracer), PythonCalls(tracer):
+        with Dispatcher(tracer, watch), PythonCalls(tracer):
             try:
                 out = model(x, *cond)
             except NotImplementedError as error:  # of torch: what cannot run under a mode
@@ -68,7 +72,11 @@ def capture(
 
 def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) -> Graph:
     """Adds one node per phase with the head's parameters at the data's sites, in the head's own order."""
-    ids, values = parameters_of(tr.ids(out).contiguous()), parameters_of(out.contiguous())
+    tr.path.stack = [OUTPUT[0]]
+    tr.enter(OUTPUT[1], [out])
+    e = elements(tr, out.detach()).arranged(lambda t: parameters_of(t.contiguous()))
+    e = Elements(out, e.ids, e.values, e.where)
+    ids = e.ids
     if not bool((ids >= 0).any()) and ids.shape[1] * ids.shape[2] * ids.shape[3] > 1:
         raise UnsupportedError(
             "forward's output does not depend on the sampled tensor as far as torch can see "
@@ -80,15 +88,14 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
         raise UnsupportedError(tr.reason(blocked))
     i, j = sites(height, width)
     params = []
-    tr.path.stack = ["output"]
+    by_phase = e.arranged(lambda t: t[0].permute(2, 0, 1, 3).reshape(phases, height * width, count))
     for f in range(phases):
-        part = ids[0, :, :, f].reshape(height * width, count).t()
-        value = values[0, :, :, f].reshape(height * width, count).t()
         try:
-            groups, constant = fit(part, i, j)
-            pieces = pieces_of(groups, constant, value, i, j, (height, width))
+            operand = pieces(tr, by_phase.lane(f).arranged(lambda t: t[0].t()), i, j, (height, width))
         except Irregular as error:
             raise UnsupportedError(f"forward's output: {error}") from error
-        params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[pieces]).index)
+        params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[operand]).index)
     answers = [None if r is None else r.answer for r in tr.reads]
-    return Graph(tr.nodes, params, tr.points, tr.notes, dict(tr.calls), tr.numbers, answers)
+    return Graph(
+        tr.nodes, params, tr.points, tr.notes, dict(tr.calls), tr.numbers, answers, tr.limits, tr.ranges.known[0]
+    )  # fmt: skip

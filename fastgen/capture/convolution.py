@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.capture.closed_form import ClosedForm, Lanes
-from fastgen.capture.fit import Irregular, fit, fit_parts
-from fastgen.capture.ids import COND, CONST, sites
+from fastgen.capture.fit import Irregular
+from fastgen.capture.ids import CONST, sites
 from fastgen.capture.linear import linear
+from fastgen.capture.operands import Elements, elements, stand_in, terms
+from fastgen.capture.pointwise import emit
+from fastgen.capture.reductions import inner
 from fastgen.capture.relabel import relabel
 from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
@@ -60,46 +63,38 @@ def _operand(tr: Tracer, x: Tensor, grid: Pair) -> tuple[list[Lanes], Tensor | N
     field = tr.closed(x)
     if field is not None:
         return field.groups()[0], None
-    whole = tr.ids(x)
-    i, j = sites(*grid)
+    e = elements(tr, x)
     try:
-        ids = whole.reshape(x.shape[1], -1)
-        groups, constant = fit_parts(ids, i, j)
+        groups, ids = terms(tr, e.arranged(lambda t: t.reshape(x.shape[1], -1)), *sites(*grid), grid, patched=True)
     except Irregular:
-        whole = relabel(tr, x, whole)
-        ids = whole.reshape(x.shape[1], -1)
-        groups, constant = fit(ids, i, j)
-    lanes = [k for k in constant if bool((ids[k] == COND).any())]
-    if lanes:
-        index = torch.arange(x.numel()).view(x.shape[1], *grid)[lanes]
-        node = tr.cond_source(_call_argument(tr, x), index, grid)
-        groups.append(Lanes(lanes, Ref(node, tuple(range(len(lanes))), Affine(hi=grid))))
-    return groups, whole
-
-
-def _call_argument(tr: Tracer, x: Tensor) -> Tensor:
-    """The tensor of the running call that x is a reshaped view of."""
-    return next((t for t in tr.call_args if t.data_ptr() == x.data_ptr() and t.numel() == x.numel()), x)
+        e = e.with_ids(relabel(tr, x, e.ids))
+        groups, ids = terms(tr, e.arranged(lambda t: t.reshape(x.shape[1], -1)), *sites(*grid), grid)
+    return groups, ids.reshape(x.shape)
 
 
 def convolution(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """aten.convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups), 1-D and 2-D."""
     x, w, b, stride, padding, dilation, transposed, _, groups = args
-    if tr.dynamic(w) or tr.conditional(w):
-        raise Irregular("the weight depends on the sample or on conditioning")
     one = x.dim() == 3
     if x.dim() not in (3, 4):
         raise Irregular(f"{x.dim() - 2}-D convolution")
+    if b is not None and (tr.dynamic(b) or tr.conditional(b)):
+        plain = stand_in(tr, out, convolution(tr, func, out, (x, w, None, *args[3:]), kwargs))
+        return emit(tr, "conv", out.shape, "add", [plain, b.view([1, -1] + [1] * (x.dim() - 2))], ())
     s, p, d = _pair(stride, one, 1), _pair(padding, one, 0), _pair(dilation, one, 1)
     if one:
         x, w = x.unsqueeze(2), w.unsqueeze(2)
-    w = dense_weight(w.detach(), groups, transposed)
-    if x.shape[0] != 1:
-        if transposed:
-            raise Irregular("transposed convolution over a folded batch")
-        return _folded(tr, x, w, b, s, p, d, out)
     grid: Pair = (x.shape[2], x.shape[3])
     out_grid: Pair = (1, out.shape[2]) if one else (out.shape[2], out.shape[3])
+    if transposed and (x.shape[0] != 1 or tr.dynamic(w) or tr.conditional(w)):
+        raise Irregular("a transposed convolution whose weight is not constant, or of a folded batch")
+    if tr.dynamic(w) or (tr.conditional(w) and x.shape[0] != 1):
+        raise Irregular("its weight depends on the sample, or its batch is folded")
+    if tr.conditional(w):
+        return _given_weight(tr, x, w, groups, (s, p, d), out_grid).reshape(out.shape)
+    w = dense_weight(w.detach(), groups, transposed)
+    if x.shape[0] != 1:
+        return _folded(tr, x, w, b, (s, p, d), out_grid)
     lanes, ids = _operand(tr, x, grid)
     kernel: Pair = (w.shape[2], w.shape[3])
     padded = (p[0] > 0 or transposed, p[1] > 0 or transposed)
@@ -165,21 +160,45 @@ def _constant_part(
     return full[:, 0, 0].clone() if bool((full == full[:, :1, :1]).all()) else full
 
 
-def _folded(tr: Tracer, x: Tensor, w: Tensor, b: Tensor | None, s: Pair, p: Pair, d: Pair, out: Tensor) -> Tensor:
+def _seen(tr: Tracer, x: Tensor, kernel: Pair, geometry: tuple[Pair, Pair, Pair], grid: Pair) -> Elements:
+    """What each site of a convolution of x [B, C, H, W] sees: elements [B, C, kernel positions, *grid]."""
+    s, p, d = geometry
+
+    def patches(t: Tensor, outside: int) -> Tensor:
+        t = F.pad(t, (p[1], p[1], p[0], p[0]), value=outside)
+        found = []
+        for a in range(kernel[0]):
+            for e in range(kernel[1]):
+                rows = slice(a * d[0], a * d[0] + (grid[0] - 1) * s[0] + 1, s[0])
+                cols = slice(e * d[1], e * d[1] + (grid[1] - 1) * s[1] + 1, s[1])
+                found.append(t[:, :, rows, cols])
+        return torch.stack(found, 2)
+
+    e = elements(tr, x)
+    where = None if e.where is None else patches(e.where, -1)
+    return Elements(x, patches(e.ids, CONST), patches(e.values, 0), where)
+
+
+def _given_weight(
+    tr: Tracer, x: Tensor, w: Tensor, groups: int, geometry: tuple[Pair, Pair, Pair], grid: Pair
+) -> Tensor:
+    """Ids [O, sites] of a convolution of x [1, C, H, W] whose weight [O, C / groups, kh, kw] depends on conditioning: inner
+    products of it and what each site sees."""
+    seen = _seen(tr, x, (w.shape[2], w.shape[3]), geometry, grid)
+    seen = seen.arranged(lambda t: t[0].reshape(groups, 1, -1, grid[0] * grid[1]).mT)
+    weight = elements(tr, w).arranged(lambda t: t.reshape(groups, w.shape[0] // groups, 1, -1))
+    return inner(tr, "conv", seen, weight)
+
+
+def _folded(
+    tr: Tracer, x: Tensor, w: Tensor, b: Tensor | None, geometry: tuple[Pair, Pair, Pair], grid: Pair
+) -> Tensor:
     """Convolution whose batch axis holds sites (dilation folded into the batch): lanes by kernel position."""
-    ids = F.pad(tr.ids(x), (p[1], p[1], p[0], p[0]), value=CONST)
-    values = F.pad(x, (p[1], p[1], p[0], p[0]))
-    height, width = (1, out.shape[-1]) if out.dim() == 3 else (out.shape[2], out.shape[3])
-    lanes, vals, weights = [], [], []
-    for a in range(w.shape[2]):
-        for e in range(w.shape[3]):
-            pick = (slice(None), slice(None), slice(a * d[0], a * d[0] + (height - 1) * s[0] + 1, s[0]),
-                    slice(e * d[1], e * d[1] + (width - 1) * s[1] + 1, s[1]))  # fmt: skip
-            lanes.append(ids[pick].transpose(0, 1).reshape(x.shape[1], -1))
-            vals.append(values[pick].transpose(0, 1).reshape(x.shape[1], -1))
-            weights.append(w[:, :, a, e])
-    result = linear(tr, "conv", torch.cat(lanes), torch.cat(vals), torch.cat(weights, 1), b)
-    return result.reshape(w.shape[0], x.shape[0], height, width).transpose(0, 1)
+    seen = _seen(tr, x, (w.shape[2], w.shape[3]), geometry, grid).arranged(
+        lambda t: t.permute(2, 1, 0, 3, 4).reshape(-1, x.shape[0] * grid[0] * grid[1])
+    )
+    result = linear(tr, "conv", seen, w.permute(0, 2, 3, 1).reshape(w.shape[0], -1), b)
+    return result.reshape(w.shape[0], x.shape[0], *grid).transpose(0, 1)
 
 
 def avg_pool(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
@@ -208,7 +227,7 @@ def conv_of_conditioning(tr: Tracer, name: str, out: Tensor, args: Any) -> Ids |
         return None
     if tr.conditional(w) or tr.conditional(args[2]):
         return None
-    if not bool((tr.ids(x) == COND).all()):
+    if tr.dynamic(x) or not tr.conditional(x):
         return None
     return convolution(tr, None, out, args, {})
 

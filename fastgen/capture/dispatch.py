@@ -6,6 +6,7 @@ without a rule is decomposed by torch's own decompositions, or becomes opaque: r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,16 +22,17 @@ from fastgen.capture.convolution import CONVOLUTIONS, conv_of_conditioning
 from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, CONST
 from fastgen.capture.linear import LINEAR
-from fastgen.capture.lookup import LOOKUP, index
+from fastgen.capture.lookup import LOOKUP
 from fastgen.capture.moves import MOVEMENT, cast
 from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE, pointwise
 from fastgen.capture.reads import READS, YES_OR_NO, Read, refuse, shape_read
-from fastgen.capture.shadow import Ids
+from fastgen.capture.shadow import Ids, dense
 from fastgen.capture.signature import check_call, check_result, check_type, numbers_of
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 
+Watch = Callable[[Tracer, Tensor], None]  # is shown every result
 Rule = Callable[[Tracer, Any, Tensor, tuple[Any, ...], dict[str, Any]], Ids]
 
 METADATA_OPS = frozenset(
@@ -59,8 +61,10 @@ def _pointwise(name: str, tr: Tracer, func: Any, out: Tensor, args: Any, kwargs:
     return pointwise(tr, name, out, args, kwargs)
 
 
+# What moves conditioning about without a change.
+MOVED = {k: v for k, v in MOVEMENT.items() if k not in ("to", "_to_copy")}
 RULES: dict[str, Rule] = {
-    **MOVEMENT, **CONVOLUTIONS, **LINEAR, **LOOKUP, **NORMS, "index": index,
+    **MOVEMENT, **CONVOLUTIONS, **LINEAR, **LOOKUP, **NORMS,
     **{name: partial(_pointwise, name) for name in POINTWISE},
 }  # fmt: skip
 
@@ -85,13 +89,18 @@ def written_by(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 class Dispatcher(TorchDispatchMode):
     """The mode under which forward runs: executes every operation, and has the tracer record it."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, watch: Watch | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer = tracer
+        self.tracer, self.watch = tracer, watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # of TorchScript's operations the function mode is not popped
-            return self._dispatch(func, args, kwargs or {})
+            out = self._dispatch(func, args, kwargs or {})
+            if self.watch is not None and not self.tracer.depth:
+                for t in [*tree_leaves(out), *written_by(func, args, kwargs or {})]:
+                    if isinstance(t, Tensor):
+                        self.watch(self.tracer, t)
+            return out
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tr = self.tracer
@@ -129,10 +138,31 @@ class Dispatcher(TorchDispatchMode):
         if not dynamic:
             if conditional:
                 planned = conv_of_conditioning(tr, name, out, args)
-                for t in results:
-                    tr.put(t, torch.full(t.shape, COND) if planned is None else planned)
+                for k, t in enumerate(results):
+                    tr.put(t, self._conditional(func, name, t, args, kwargs, k == 0) if planned is None else planned)
             return out
         return self._record(func, name, args, kwargs, out, results)
+
+    def _conditional(self, func: Any, name: str, out: Tensor, args: Any, kwargs: Any, first: bool) -> Ids:
+        """Ids of a result of conditioning alone: what is moved, or masked by a constant, is known element by element."""
+        tr = self.tracer
+        known: Tensor | None = None
+        if first and name in MOVED and not any(tr.conditional(t) for t in tree_leaves(args[1:])):
+            with contextlib.suppress(Irregular, RuntimeError):
+                known = dense(MOVED[name](tr, func, out, args, kwargs), out.shape)
+        elif (
+            name in ("where", "masked_fill") and len(args) == 3 and not tr.conditional(args[k := int(name != "where")])
+        ):
+            yes, no = (args[1], args[2]) if name == "where" else (args[2], args[0])
+            yes, no = (tr.ids(a) if isinstance(a, Tensor) else torch.tensor(CONST) for a in (yes, no))
+            known = torch.where(args[k], yes, no)
+        elif name in POINTWISE and all(isinstance(a, Tensor) for a in args):
+            fixed = [tr.ids(a) == CONST for a in args]
+            constant = torch.stack(torch.broadcast_tensors(*fixed)).all(0)
+            if name == "mul":
+                constant = constant | (fixed[0] & (args[0] == 0)) | (fixed[1] & (args[1] == 0))
+            known = torch.where(constant, CONST, COND)
+        return torch.full(out.shape, COND) if known is None else known.expand(out.shape)
 
     def _read(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Python asks for a number: only a yes or no, and that is looked into afterwards (reads.py)."""

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from fastgen.capture.axes import choose_labels
-from fastgen.capture.fit import Irregular, fit
+from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, CONST, SITE_MASK, pack
+from fastgen.capture.operands import Elements, elements, stand_in, terms
+from fastgen.capture.pointwise import emit
+from fastgen.capture.reductions import inner
+from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
 from fastgen.graph.refs import Pair, Term
 from fastgen.graph.taps import TapsNode
@@ -41,23 +45,22 @@ def _distinct(ids: Tensor) -> list[Tensor]:
     return by_rank(ids)
 
 
-def linear(tr: Tracer, op: str, ids: Tensor, values: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """out[o, s] = sum_k w[o, k] x[k, s] + b[o] with sites taken from the operands; ids, values [K, S] -> ids [O, S]."""
-    if bool((ids == COND).any()):
-        raise Irregular("a matrix product mixes sampled values and conditioning")
-    result = torch.full((w.shape[0], ids.shape[1]), CONST)
+def linear(tr: Tracer, op: str, e: Elements, w: Tensor, b: Tensor | None) -> Tensor:
+    """out[o, s] = sum_k w[o, k] x[k, s] + b[o] with sites taken from the operands; elements [K, S] -> ids [O, S]."""
     used = (w != 0).any(0)  # a weight of zero carries no dependency
-    ids, values, w = ids[used], values[used], w[:, used].detach()
-    for columns in _distinct(ids):
-        part, vals = ids[:, columns], values[:, columns]
-        keep, i, j = choose_labels(part)
-        part, vals, i, j, columns = part[:, keep], vals[:, keep], i[keep], j[keep], columns[keep]
+    e, w = e.arranged(lambda t: t[used]), w[:, used].detach()
+    result = torch.full((w.shape[0], e.ids.shape[1]), CONST)
+    result[:, (e.ids == COND).any(0)] = COND  # where nothing sampled is added
+    for columns in _distinct(e.ids):
+        part = e.columns(columns)
+        keep, i, j = choose_labels(part.ids)
+        part, i, j, columns = part.columns(keep), i[keep], j[keep], columns[keep]
         if not len(columns):
             continue
-        groups, _ = fit(part, i, j)
         grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
+        groups, ids = terms(tr, part, i, j, grid)
         taps = [Term(g.ref, w[:, g.lanes].clone()) for g in groups]
-        fixed = w @ torch.where(part >= 0, torch.zeros((), dtype=w.dtype), vals.to(w.dtype))
+        fixed = w @ torch.where(ids == CONST, part.values.to(w.dtype), torch.zeros((), dtype=w.dtype))
         bias = None if b is None else b.detach().clone()
         if bool(fixed.any()):
             total = fixed if bias is None else fixed + bias[:, None]
@@ -70,47 +73,55 @@ def linear(tr: Tracer, op: str, ids: Tensor, values: Tensor, w: Tensor, b: Tenso
     return result
 
 
-def _product(tr: Tracer, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """Ids of a @ b [n, p] where one of them is constant."""
-    da, db = tr.dynamic(a), tr.dynamic(b)
-    if da and db:
-        raise Irregular("a product of two sampled tensors (attention) is not planned yet")
-    if (da and tr.conditional(b)) or (db and tr.conditional(a)):
-        raise Irregular("a product with a matrix that depends on conditioning")
-    if da:
-        return linear(tr, "linear", tr.ids(a).t(), a.t(), b.t(), bias).t()
-    result = linear(tr, "linear", tr.ids(b), b, a, None)
-    if bias is not None:
-        raise Irregular("a bias along sites")
-    return result
+def _fixed(tr: Tracer, t: Tensor | None) -> bool:
+    return t is None or not (tr.dynamic(t) or tr.conditional(t))
+
+
+def _product(tr: Tracer, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Ids of a [n, k] @ b [k, p] + bias [p]; bias is a constant, and b one too where there is a bias."""
+    if _fixed(tr, b):
+        return linear(tr, "linear", elements(tr, a).arranged(Tensor.t), b.t(), bias).t()
+    if _fixed(tr, a):
+        return linear(tr, "linear", elements(tr, b), a, None)
+    return _inner(tr, elements(tr, a), elements(tr, b))
+
+
+def _inner(tr: Tracer, a: Elements, b: Elements) -> Tensor:
+    """Ids of a [..., n, k] @ b [..., k, p], neither of which is constant."""
+    try:
+        return inner(tr, "product", a.arranged(lambda t: t[..., None, :]), b.arranged(lambda t: t.mT[..., None, :, :]))
+    except Irregular as error:
+        if tr.dynamic(a.tensor) and tr.dynamic(b.tensor):
+            raise Irregular("a product of two sampled tensors (attention) is not planned yet") from error
+        raise
 
 
 def mm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     """a [n, k] @ b [k, p]."""
-    return _product(tr, args[0], args[1], None)
+    return _product(tr, args[0], args[1])
 
 
-def addmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """bias + a @ b with a constant bias [p]."""
+def addmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
+    """bias + a @ b."""
     bias, a, b = args
-    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    if tr.dynamic(bias) or tr.conditional(bias) or bias.dim() != 1 or alpha != 1 or beta != 1:
-        raise Irregular("addmm with a bias that is not one constant per channel")
-    return _product(tr, a, b, bias)
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
+        raise Irregular("addmm with factors")
+    if _fixed(tr, bias) and _fixed(tr, b) and bias.dim() == 1:
+        return _product(tr, a, b, bias)
+    if not tr.dynamic(a) and not tr.dynamic(b):
+        raise Irregular("a sampled tensor added to a product without one; add it afterwards")
+    return emit(tr, "linear", out.shape, "add", [stand_in(tr, out, _product(tr, a, b)), bias], ())
 
 
 def bmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Batched products with constant matrices, one by one."""
+    """Batched products [n, i, k] @ [n, k, j]."""
     a, b = args
-    if tr.dynamic(a) and tr.dynamic(b):
-        raise Irregular("a product of two sampled tensors (attention) is not planned yet")
-    shared = b if tr.dynamic(a) else a
-    if tr.conditional(shared):
-        raise Irregular("a product with a matrix that depends on conditioning")
-    if tr.dynamic(a) and (shared.stride(0) == 0 or bool((shared == shared[:1]).all())):
-        flat = tr.ids(a).reshape(-1, a.shape[-1])
-        return linear(tr, "linear", flat.t(), a.reshape(flat.shape).t(), shared[0].t(), None).t().reshape(out.shape)
-    return torch.stack([_product(tr, a[k], b[k], None) for k in range(a.shape[0])])
+    if not _fixed(tr, a) and not _fixed(tr, b):
+        return _inner(tr, elements(tr, a), elements(tr, b))
+    if _fixed(tr, b) and (b.stride(0) == 0 or bool((b == b[:1]).all())):
+        flat = elements(tr, a).arranged(lambda t: t.reshape(-1, a.shape[-1]).t())
+        return linear(tr, "linear", flat, b[0].t(), None).t().reshape(out.shape)
+    return torch.stack([_product(tr, a[k], b[k]) for k in range(a.shape[0])])
 
 
 def reduce_sum(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -123,13 +134,12 @@ def reduce_sum(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Te
     count = 1
     for d in dims:
         count *= x.shape[d]
-    ids = tr.ids(x).permute(dims + kept).reshape(count, -1)
-    values = x.permute(dims + kept).reshape(count, -1)
+    e = elements(tr, x).arranged(lambda t: t.permute(dims + kept).reshape(count, -1))
     scale = 1.0 / count if func.overloadpacket.__name__ == "mean" else 1.0
-    weight = torch.full((1, count), scale, dtype=values.dtype if values.is_floating_point() else torch.float32)
-    return linear(tr, "sum", ids, values, weight, None)
+    weight = torch.full((1, count), scale, dtype=x.dtype if x.is_floating_point() else torch.float32)
+    return linear(tr, "sum", e, weight, None)
 
 
-LINEAR: dict[str, Callable[..., Tensor]] = {
+LINEAR: dict[str, Callable[..., Ids]] = {
     "mm": mm, "addmm": addmm, "bmm": bmm, "sum": reduce_sum, "mean": reduce_sum,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Composite rules: gates, batch and layer norms, moments and extrema over channels, made of maps and sums."""
+"""Composite rules: gates, batch and layer norms, moments over channels, made of maps and sums."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.capture.axes import choose_labels
-from fastgen.capture.fit import Irregular, fit, pieces_of
-from fastgen.capture.ids import CONST, pack
+from fastgen.capture.fit import Irregular
 from fastgen.capture.linear import linear
+from fastgen.capture.operands import elements, stand_in
 from fastgen.capture.pointwise import Argument, emit
+from fastgen.capture.reductions import extremum
 from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
-from fastgen.graph.maps import ReduceNode
-from fastgen.graph.refs import Pair
 
 
 def log_sigmoid(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
@@ -44,10 +42,21 @@ def batch_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Id
     if training or mean is None:
         raise Irregular("batch statistics mix samples and sites")
     eps = args[-1] if isinstance(args[-1], float) else kwargs.get("eps", 1e-5)
+    sides = [1, -1] + [1] * (x.dim() - 2)
+    if tr.conditional(weight) or tr.conditional(bias):
+        scale = torch.rsqrt(var + eps)
+        normal = emit(tr, "batch_norm", out.shape, "muladd", [x, scale.view(sides), (-mean * scale).view(sides)], ())
+        return affine(tr, "batch_norm", stand_in(tr, out, normal), weight, bias, sides)
     scale = (1.0 if weight is None else weight.detach()) / torch.sqrt(var + eps)
     shift = (0.0 if bias is None else bias.detach()) - mean * scale
-    sides = [1, -1] + [1] * (x.dim() - 2)
     return emit(tr, "batch_norm", out.shape, "muladd", [x, scale.view(sides), shift.view(sides)], ())
+
+
+def affine(tr: Tracer, op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, sides: list[int]) -> Ids:
+    """x * weight + bias, each viewed with `sides`; either may be missing, and depend on conditioning."""
+    scale = torch.ones(()) if weight is None else weight.detach().view(sides)
+    shift = torch.zeros(()) if bias is None else bias.detach().view(sides)
+    return emit(tr, op, x.shape, "muladd", [x, scale, shift], ())
 
 
 def moments(tr: Tracer, x: Tensor, dims: list[int], correction: float) -> tuple[Tensor, Tensor]:
@@ -57,10 +66,9 @@ def moments(tr: Tracer, x: Tensor, dims: list[int], correction: float) -> tuple[
 
     def mean_of(t: Tensor, scale: float) -> Tensor:
         kept = [d for d in range(x.dim()) if d not in dims]
-        ids = tr.ids(t).permute(dims + kept).reshape(count, -1)
-        values = t.permute(dims + kept).reshape(count, -1)
+        e = elements(tr, t).arranged(lambda a: a.permute(dims + kept).reshape(count, -1))
         result = torch.empty(shape)
-        tr.put(result, linear(tr, "mean", ids, values, torch.full((1, count), scale), None))
+        tr.put(result, linear(tr, "mean", e, torch.full((1, count), scale), None))
         return result
 
     mean = mean_of(x, 1.0 / count)
@@ -78,7 +86,7 @@ def variance(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tens
     return tr.ids(moments(tr, x, dims, 1.0 if correction is None else float(correction))[1])
 
 
-def layer_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
+def layer_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """aten.native_layer_norm(x, shape, weight, bias, eps) over the last axes (Ba et al. 2016)."""
     x, weight, bias, eps = args[0], args[2], args[3], float(args[4])
     mean, var = moments(tr, x, [x.dim() - k for k in range(len(args[1]), 0, -1)], 0.0)
@@ -91,33 +99,8 @@ def layer_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Te
     scale = step("rsqrt", var.shape, [step("affine", var.shape, [var], (1.0, eps))])
     y = step("mul", x.shape, [step("sub", x.shape, [x, mean]), scale])
     if weight is not None:
-        shift = torch.zeros(()) if bias is None else bias.detach()
-        y = step("muladd", x.shape, [y, weight.detach(), shift])
+        return affine(tr, "layer_norm", y, weight, bias, list(weight.shape))
     return tr.ids(y)
-
-
-def extremum(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """amax, amin over channels."""
-    x = args[0]
-    dims = args[1] if len(args) > 1 else kwargs.get("dim", [])
-    dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims or range(x.dim()))]
-    kept = [d for d in range(x.dim()) if d not in dims]
-    count = math.prod([x.shape[d] for d in dims])
-    ids = tr.ids(x).permute(dims + kept).reshape(count, -1)
-    values = x.permute(dims + kept).reshape(count, -1)
-    keep, i, j = choose_labels(ids)
-    site = (i << 20 | j)[keep]
-    if len(torch.unique(site)) != len(site):
-        raise Irregular("an extremum over sites, or of several groups of channels")
-    ids, values, i, j = ids[:, keep], values[:, keep], i[keep], j[keep]
-    groups, constant = fit(ids, i, j)
-    grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
-    pieces = pieces_of(groups, constant, values, i, j, grid)
-    name = "min" if "min" in func.overloadpacket.__name__ else "max"
-    node = tr.add(ReduceNode, "a" + name, 1, grid, fn=name, operands=[pieces])
-    result = torch.full((len(keep),), CONST)
-    result[keep] = pack(node.index, torch.tensor(0), i, j)
-    return result
 
 
 NORMS: dict[str, Callable[..., Ids]] = {

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastgen.capture.axes import LaneOrder, label_columns
 from fastgen.capture.closed_form import ClosedForm
-from fastgen.capture.fit import Irregular, fit, pieces_of
+from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, CONST, pack
+from fastgen.capture.operands import Elements, elements, pieces
 from fastgen.capture.relabel import relabel
 from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
@@ -43,7 +44,7 @@ SPECIAL = frozenset(
      "square", "masked_fill", "addcmul", "ne_zero", "relu6", "threshold", "rrelu_with_noise"]
 )  # fmt: skip
 POINTWISE = frozenset(PLAIN) | SPECIAL | frozenset(LOGICAL)
-Argument = Tensor | float  # of a map: broadcast to the result
+Argument = Tensor | float | Elements  # of a map: broadcast to the result, or shaped like it
 
 
 def pointwise(tr: Tracer, name: str, out: Tensor, args: Any, kwargs: Any) -> Ids:
@@ -129,20 +130,25 @@ def _spec(
     return table[name]()
 
 
-def emit(tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Argument], imm: tuple[float, ...]) -> Ids:
-    """Adds a map node and returns the ids of its result, shaped `shape`."""
-    tensors = [t if isinstance(t, Tensor) else torch.tensor(float(t)) for t in operands]
-    closed = _closed(tr, op, shape, fn, tensors, imm)
+def emit(
+    tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Argument], imm: tuple[float, ...],
+    like: Elements | None = None,
+) -> Ids:  # fmt: skip
+    """Adds a map node and returns the ids of its result, shaped `shape`. like: elements at whose sites it is, where the
+    operands have none of their own (conditioning and constants)."""
+    given = [torch.tensor(float(t)) if isinstance(t, int | float) else t for t in operands]
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    closed = _closed(tr, op, shape, fn, tensors, imm) if len(tensors) == len(given) else None
     if closed is not None:
         return closed
-    full = [tr.ids(t).expand(shape) for t in tensors]
+    full = [elements(tr, t).arranged(lambda a: a.expand(shape)) if isinstance(t, Tensor) else t for t in given]
     try:
-        return _emit(tr, op, shape, fn, tensors, full, imm)
+        return _emit(tr, op, shape, fn, full, imm, like)
     except Irregular:
-        again = [relabel(tr, t, own) for t, own in zip(tensors, full, strict=True)]
-        if all(a is b for a, b in zip(full, again, strict=True)):
+        again = [relabel(tr, e.values, e.ids) for e in full]
+        if all(e.ids is b for e, b in zip(full, again, strict=True)):
             raise
-        return _emit(tr, op, shape, fn, tensors, again, imm)
+        return _emit(tr, op, shape, fn, [e.with_ids(b) for e, b in zip(full, again, strict=True)], imm, like)
 
 
 def _closed(
@@ -171,9 +177,9 @@ def _closed(
             operands.append([Piece(0, shape[1], const=value)])
             continue
         groups, _ = field.groups()
-        pieces = [Piece(g.lanes[a], g.lanes[b - 1] + 1, Ref(g.ref.node, g.ref.chans[a:b], Affine(lo=g.ref.at.lo, hi=g.ref.at.hi)))
+        parts = [Piece(g.lanes[a], g.lanes[b - 1] + 1, Ref(g.ref.node, g.ref.chans[a:b], Affine(lo=g.ref.at.lo, hi=g.ref.at.hi)))
                   for g in groups for a, b in runs(g.lanes)]  # fmt: skip
-        operands.append(sorted(pieces, key=lambda p: p.lo))
+        operands.append(sorted(parts, key=lambda p: p.lo))
     node = tr.add(MapNode, op, shape[1], grid, fn=fn, operands=operands, imm=imm)
     return ClosedForm((node.index << 16) | torch.arange(shape[1]), first.grid, first.off, first.lo, first.hi)
 
@@ -185,48 +191,31 @@ def _per_channel(t: Tensor, shape: torch.Size) -> bool:
 
 
 def _emit(
-    tr: Tracer,
-    op: str,
-    shape: torch.Size,
-    fn: str,
-    tensors: list[Tensor],
-    full: list[Tensor],
-    imm: tuple[float, ...],
-) -> Tensor:
+    tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Elements], imm: tuple[float, ...],
+    like: Elements | None = None,
+) -> Tensor:  # fmt: skip
+    placed = [e.ids for e in operands] + ([] if like is None else [like.ids])
     # Axes of shifted copies of one channel move in sites, as axes of sites do. Where the copies of a site would meet
     # different constants or operands, they are channels.
     for copies in (None, *(a for a, n in enumerate(shape) if n > 1)):
-        order = LaneOrder(shape, full, copies)
-        ids = [order.split(t) for t in full]
-        keep, i, j = label_columns(order, ids, tr.data_grid)
+        order = LaneOrder(shape, placed, copies)
+        split = [e.arranged(order.split) for e in operands]
+        keep, i, j = label_columns(order, [order.split(t) for t in placed], tr.data_grid)
         if not bool(keep.any()):  # every sampled element lies outside
             return torch.full(shape, CONST)
-        values = [order.split(t.detach().expand(shape)) for t in tensors]
         if not bool(keep.all()):
-            ids, values, i, j = [t[:, keep] for t in ids], [v[:, keep] for v in values], i[keep], j[keep]
-        where = [
-            _positions(order, t, keep) if bool((own == COND).any()) else None
-            for t, own in zip(tensors, ids, strict=True)
-        ]
-        if not _clash(i << 20 | j, ids, values, where):
+            split, i, j = [e.columns(keep) for e in split], i[keep], j[keep]
+        if not _clash(i << 20 | j, split):
             break
     else:
         raise Irregular("copies of one value meet different constants or conditioning, and cannot be told apart")
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
-    pieces = [
-        _pieces(tr, t, own, value, position, (i, j), grid)
-        for t, own, value, position in zip(tensors, ids, values, where, strict=True)
-    ]
-    node = tr.add(MapNode, op, order.lanes, grid, fn=fn, operands=pieces, imm=imm)
+    found = [pieces(tr, e, i, j, grid) for e in split]
+    node = tr.add(MapNode, op, order.lanes, grid, fn=fn, operands=found, imm=imm)
     return order.join(_column_ids(node.index, order, keep, i, j))
 
 
-def _positions(order: LaneOrder, t: Tensor, keep: Tensor) -> Tensor:
-    """Where in t the elements of an operand are: flat positions [L, S]."""
-    return order.split(torch.arange(t.numel()).view(t.shape).expand(order.shape))[:, keep]
-
-
-def _clash(label: Tensor, ids: list[Tensor], values: list[Tensor], where: list[Tensor | None]) -> bool:
+def _clash(label: Tensor, operands: list[Elements]) -> bool:
     """Whether columns with the same label [S] differ: in an id [L, S] of an operand, in the value of a constant, or in
     where conditioning is read."""
     label, order = label.sort(stable=True)
@@ -234,11 +223,11 @@ def _clash(label: Tensor, ids: list[Tensor], values: list[Tensor], where: list[T
     if not bool(same.any()):
         return False
     a, b = order[:-1][same], order[1:][same]
-    for own, value, position in zip(ids, values, where, strict=True):
-        differ = own[:, a] != own[:, b]
-        differ |= (own[:, a] == CONST) & (value[:, a] != value[:, b])
-        if position is not None:
-            differ |= (own[:, a] == COND) & (position[:, a] != position[:, b])
+    for e in operands:
+        differ = e.ids[:, a] != e.ids[:, b]
+        differ |= (e.ids[:, a] == CONST) & (e.values[:, a] != e.values[:, b])
+        if e.where is not None:
+            differ |= (e.ids[:, a] == COND) & (e.where[:, a] != e.where[:, b])
         if bool(differ.any()):
             return True
     return False
@@ -251,38 +240,3 @@ def _column_ids(node: int, order: LaneOrder, keep: Tensor, i: Tensor, j: Tensor)
     result = torch.full((order.lanes, order.columns), CONST)
     result[:, keep] = fresh
     return result
-
-
-def _pieces(
-    tr: Tracer,
-    t: Tensor,
-    ids: Tensor,
-    values: Tensor,
-    position: Tensor | None,
-    at: tuple[Tensor, Tensor],
-    grid: Pair,
-) -> list[Piece]:
-    """Pieces of one operand: references, constants, conditioning."""
-    i, j = at
-    groups, constant = fit(ids, i, j)
-    lanes = [k for k in constant if bool((ids[k] == COND).any())]
-    pieces = pieces_of(groups, [k for k in constant if k not in set(lanes)], values, i, j, grid)
-    if lanes and position is not None:
-        pieces += _conditioning(tr, t, position[lanes], lanes, i, j, grid)
-    return sorted(pieces, key=lambda p: p.lo)
-
-
-def _conditioning(
-    tr: Tracer, t: Tensor, position: Tensor, lanes: list[int], i: Tensor, j: Tensor, grid: Pair
-) -> list[Piece]:
-    """A source node for the conditioning lanes of operand t; one site where it is the same at all of them."""
-    if bool((position == position[:, :1]).all()):
-        index, at = position[:, :1].reshape(len(lanes), 1, 1), Affine((0, 0), hi=(1, 1))
-    else:
-        index = torch.zeros(len(lanes), *grid, dtype=torch.int64)
-        index[:, i, j] = position
-        at = Affine(hi=grid)
-    same = len(lanes) > 1 and bool((index == index[:1]).all())
-    node = tr.cond_source(t, index[:1] if same else index, (index.shape[1], index.shape[2]))
-    chans = (0,) * len(lanes) if same else tuple(range(len(lanes)))
-    return [Piece(lanes[a], lanes[b - 1] + 1, Ref(node, chans[a:b], at)) for a, b in runs(lanes)]

@@ -7,7 +7,7 @@ small integer types are followed only where their range is known to fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -96,10 +96,15 @@ def range_of_map(fn: str, operands: list[Range], imm: tuple[float, ...]) -> Rang
 
 
 class Ranges:
-    """The ranges of a graph's nodes, found when they are asked for. given: that of the sampled tensor (node 0)."""
+    """The ranges of a graph's nodes, found when they are asked for. given: that of the sampled tensor (node 0); cond: of
+    conditioning, where it is known."""
 
-    def __init__(self, nodes: list[Node], given: Range) -> None:
-        self.nodes, self.known = nodes, {0: given}
+    def __init__(self, nodes: list[Node], given: Range, cond: dict[int, Range] | None = None) -> None:
+        self.nodes, self.known = nodes, {0: given, **(cond or {})}
+
+    def of(self, nodes: Iterable[int]) -> Range:
+        """Of all elements of some nodes."""
+        return union([self.of_node(k) for k in nodes])
 
     def of_node(self, index: int) -> Range:
         """Of all elements of a node; nodes come after those that they read."""

@@ -18,6 +18,11 @@ from fastgen.capture.ids import COND, CONST
 Ids = Tensor | ClosedForm
 
 
+def dense(ids: Ids, shape: torch.Size) -> Tensor:
+    """One id per element of a result."""
+    return (ids.ids() if isinstance(ids, ClosedForm) else ids).reshape(shape)
+
+
 class Shadow:
     """Ids of one storage: in closed form, or one per element."""
 

@@ -20,7 +20,7 @@ from fastgen.capture.lookup import LOOKUP
 from fastgen.capture.moves import MOVEMENT, PATCHES
 from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE
-from fastgen.capture.ranges import check_cast, check_whole
+from fastgen.capture.ranges import WHOLE, check_cast, check_whole
 from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
 
@@ -63,8 +63,12 @@ ANY = range(16)
 CONDITIONAL: dict[str, Iterable[int]] = {
     **dict.fromkeys(MOVEMENT, (0,)), **dict.fromkeys(PATCHES, (0, 1)),
     **dict.fromkeys(LINEAR, ANY), **dict.fromkeys(POINTWISE, ANY),
-    **dict.fromkeys(["convolution", "index", "glu", "log_sigmoid_forward", "native_layer_norm", "native_batch_norm",
-                     "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "copy", "fill", "rrelu_with_noise"], (0,)),
+    **dict.fromkeys(["glu", "log_sigmoid_forward", "copy", "fill", "rrelu_with_noise", "amax", "amin", "var", "avg_pool1d",
+                     "avg_pool2d"], (0,)),
+    **dict.fromkeys(["convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"],
+                    (0, 1, 2)),
+    **dict.fromkeys(["index", "embedding"], (0, 1)), **dict.fromkeys(["gather", "index_select"], (0, 2)),
+    "native_layer_norm": (0, 2, 3),
 }  # fmt: skip
 
 
@@ -111,5 +115,10 @@ def check_result(tr: Tracer, name: str, out: Tensor, ids: Ids) -> None:
     if out.dtype.is_floating_point or out.dtype == torch.bool or name not in COMPUTES:
         return
     found = tr.range_of_ids(ids)
+    if found is None and isinstance(ids, Tensor) and bool((ids >= 0).any()):
+        nodes = tuple((ids[ids >= 0] >> 48).unique().tolist())
+        info = torch.iinfo(out.dtype)
+        if tr.limited(nodes, max(info.min, -WHOLE), min(info.max, WHOLE), "an integer"):
+            return
     check_whole(found, "arithmetic")
     check_cast(found, out.dtype)

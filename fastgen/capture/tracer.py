@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastgen.capture.closed_form import ClosedForm
 from fastgen.capture.ids import COND, CONST, MAX_CHANNELS, MAX_COLS, MAX_NODES, MAX_ROWS, pack
-from fastgen.capture.ranges import Range, Ranges, of_values, union
+from fastgen.capture.ranges import Range, Ranges, check_index, of_values, union
 from fastgen.capture.shadow import Ids, ShadowMemory
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath
-from fastgen.graph.node import Call, Node, Point
-from fastgen.graph.refs import Pair
+from fastgen.graph.node import Call, Limit, Node, Point
+from fastgen.graph.refs import Operand, Pair
 from fastgen.graph.sources import CondNode, OpaqueNode
 
 
@@ -31,6 +31,7 @@ class Tracer(ShadowMemory):
         super().__init__()
         self.path, self.data_grid = path, data_grid
         self.nodes: list[Node] = []
+        self.sampled = torch.zeros(0)  # the tensor that forward was given
         self.ranges = Ranges(self.nodes, given)
         self.reads: list[Any] = []  # (reads.py) of forward's reads in order: what was read, None where it is a constant
         self.how: str | None = None  # why Python reads now: "bool" for a yes or no, "" for nothing that counts
@@ -38,6 +39,7 @@ class Tracer(ShadowMemory):
         self.notes: list[str] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.numbers: dict[Call, tuple[float, ...]] = {}
+        self.limits: list[Limit] = []
         self.depth = 0  # of decompositions
         self.call: tuple[str, str, int] = ("", "", 0)
         self.call_args: list[Tensor] = []
@@ -125,13 +127,27 @@ class Tracer(ShadowMemory):
             return None
         return union([self.ranges.of_node(k) for k in (ids[ids >= 0] >> 48).unique().tolist()])
 
+    def limited(self, nodes: tuple[int, ...], low: float, high: float, what: str) -> bool:
+        """Whether it is conditioning that decides between which numbers the values of some nodes lie: it is then asked at
+        every call. what: these values are."""
+        assumed: dict[int, Range] = {n.index: (0.0, 0.0) for n in self.nodes if isinstance(n, CondNode)}
+        if self.ranges.of(nodes) is not None or Ranges(self.nodes, self.ranges.known[0], assumed).of(nodes) is None:
+            return False
+        self.limits.append(Limit(self.path.current, nodes, low, high, what))
+        return True
+
+    def check_lookup(self, operand: Operand, rows: int) -> None:
+        """Raises Irregular where an operand, used as an index of so many rows, may leave them."""
+        nodes = tuple({p.ref.node for p in operand if p.ref is not None})
+        for p in operand:
+            check_index((p.fill, p.fill) if p.const is None else of_values(p.const), rows)
+        if nodes and not self.limited(nodes, 0, rows - 1, "an index"):
+            check_index(self.ranges.of(nodes), rows)
+
     def cond_source(self, t: Tensor, index: Tensor, grid: Pair) -> int:
-        """A node for conditioning values: index [C, H, W] are flat positions in t, an argument of the running call."""
-        position = next((k for k, a in enumerate(self.call_args) if a is t), None)
-        if position is None:
-            raise UnsupportedError(
-                f"{self.path.current}: {self.call[1]} uses conditioning inside a composite operation; compute it outside"
-            )
+        """A node for conditioning values: index [C, H, W] are flat positions in t, a view of an argument of the running call."""
+        position, index = self._argument(t, index)
+        t = self.call_args[position]
         same = (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t._version)
         for known, number in self._sources.get(same, []):
             if torch.equal(known, index):
@@ -151,3 +167,24 @@ class Tracer(ShadowMemory):
         self._sources.setdefault(same, []).append((index, node.index))
         self._kept.append(t)  # so that no other tensor takes its storage's place
         return node.index
+
+    def _argument(self, t: Tensor, index: Tensor) -> tuple[int, Tensor]:
+        """Which argument of the running call t is a view of, and where flat positions in t are in that."""
+        for k, a in enumerate(self.call_args):
+            if a is t or (a.data_ptr() == t.data_ptr() and _spread(a) == _spread(t) and a.dtype == t.dtype):
+                return k, index
+            if a.untyped_storage()._cdata == t.untyped_storage()._cdata and a.dtype == t.dtype:
+                cells = torch.arange(a.untyped_storage().nbytes() // a.element_size())
+                held = cells.as_strided(a.shape, a.stride(), a.storage_offset()).reshape(-1)
+                place = torch.full_like(cells, a.numel()).scatter_reduce(0, held, torch.arange(a.numel()), "amin")
+                found = place.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1)[index]
+                if bool((found < a.numel()).all()):
+                    return k, found
+        raise UnsupportedError(
+            f"{self.path.current}: {self.call[1]} uses conditioning inside a composite operation; compute it outside"
+        )
+
+
+def _spread(t: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of the axes that have more than one element."""
+    return [(n, stride) for n, stride in zip(t.shape, t.stride(), strict=True) if n > 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,10 @@ class EmbedNode(OperandNode):
     @property
     def name(self) -> str:
         return "embed"
+
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        index = self.whole(0, values)[0].nan_to_num(0).long().clamp(0, self.table.shape[0] - 1)
+        return self.table.double()[index].movedim(-1, 0)
 
     def emit(self, coder: Coder) -> int:
         source = coder.whole(self.operands[0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fastgen.graph.functions import REDUCE, pointwise
 from fastgen.graph.node import Coder, Node
 from fastgen.graph.refs import Cause, Operand, Piece, Places, Read, Ref, restrict
 from fastgen.graph.times import NEVER, Ready, look
@@ -22,6 +23,10 @@ class OperandNode(Node):
 
     def reads(self) -> list[Read]:
         return [Read(p.ref) for pieces in self.operands for p in pieces if p.ref is not None]
+
+    def whole(self, operand: int, values: Sequence[Tensor]) -> Tensor:
+        """All lanes of an operand at the node's sites, float64 [lanes, H, W]."""
+        return torch.cat([p.value(values, self.grid) for p in self.operands[operand]])
 
     def ready(self, done: list[Ready], known: Tensor) -> Ready:
         """All channels when all lanes are."""
@@ -135,6 +140,9 @@ class MapNode(OperandNode):
                 if p.ref is not None and p.lo <= chan < p.hi:
                     yield Cause("", p.ref, chan - p.lo, i, j)
 
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        return pointwise(self.fn, [self.whole(k, values) for k in range(len(self.operands))], self.imm).double()
+
     def emit(self, coder: Coder) -> int:
         cuts = sorted({c for pieces in self.operands for p in pieces for c in (p.lo, p.hi)})
         if self.fn == "copy" and len(cuts) == 2:  # the value itself, under another name
@@ -172,7 +180,7 @@ def _of_lanes(dead: Tensor, piece: Piece) -> Tensor | None:
 
 @dataclass
 class ReduceNode(OperandNode):
-    """One channel: fn (sum, max, min) over all lanes of the operand."""
+    """out[c] = fn (sum, max, min) over lanes c * K .. (c + 1) * K - 1 of the operand, K of them a channel."""
 
     fn: str = "max"
 
@@ -180,8 +188,47 @@ class ReduceNode(OperandNode):
     def name(self) -> str:
         return self.fn
 
+    @property
+    def _width(self) -> int:
+        return self.operands[0][-1].hi // self.channels
+
+    def ready(self, done: list[Ready], known: Tensor) -> Ready:
+        """A channel when its own lanes are."""
+        sources: list[tuple[Ref, int]] = []
+        keys = torch.full((self.operands[0][-1].hi,), -1, dtype=torch.int64)
+        for piece in self.operands[0]:
+            if piece.ref is not None:
+                group = done[piece.ref.node].group[list(piece.ref.chans)]
+                for g in group.unique().tolist():
+                    keys[(group == g).nonzero()[:, 0] + piece.lo] = len(sources)
+                    sources.append((piece.ref, g))
+        keys = keys.view(self.channels, self._width).sort(1)[0]
+        rows, group = torch.unique(keys, dim=0, return_inverse=True)
+        times = torch.full((len(rows), *self.grid), NEVER, dtype=torch.int32)
+        for r, row in enumerate(rows):
+            for k in row[row >= 0].unique().tolist():
+                ref, g = sources[k]
+                times[r] = torch.maximum(times[r], look(done[ref.node].times[g : g + 1], ref.at, self.grid)[0])
+        return Ready(group, times).merged()
+
+    def restrict(self, chans: list[int], places: Places) -> Node:
+        lanes = [c * self._width + k for c in chans for k in range(self._width)]
+        return replace(self, channels=len(chans), operands=[restrict(self.operands[0], lanes, places)])
+
+    def blame(self, chan: int, i: int, j: int) -> Iterator[Cause]:
+        first, last = chan * self._width, (chan + 1) * self._width
+        for p in self.operands[0]:
+            if p.ref is not None:
+                for lane in range(max(p.lo, first), min(p.hi, last)):
+                    yield Cause("", p.ref, lane - p.lo, i, j)
+
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        lanes = self.whole(0, values).view(self.channels, self._width, *self.grid)
+        return REDUCE[self.fn](lanes.movedim(1, -1))
+
     def emit(self, coder: Coder) -> int:
         source = coder.whole(self.operands[0])
-        dst = coder.alloc(self.channels)
-        coder.emit(self.fn, dst, source, n=self.operands[0][-1].hi)
+        dst, step = coder.alloc(self.channels), self._width if source >= 0 else -self._width
+        for c in range(self.channels):
+            coder.emit(self.fn, dst + c, source + c * step, n=self._width)
         return dst

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -87,6 +87,10 @@ class Node(ABC):
         """After which draw each element is known. done: of the nodes before. known: [C, H, W], of forward's input."""
 
     @abstractmethod
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        """What it computes, float64 [C, H, W]; values: of the nodes before."""
+
+    @abstractmethod
     def restrict(self, chans: list[int], places: Places) -> Node:
         """The node for some of its channels, references led to units."""
 
@@ -113,6 +117,18 @@ class Node(ABC):
 
 Point = tuple[str, str, int, int]  # module path, aten op, which call of it there, which argument
 Call = tuple[str, str, int]
+OUTPUT = ("output", "return")  # stands for layer and op where forward's result is read
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What conditioning must keep to, asked at every call: the values of some nodes lie between two numbers."""
+
+    path: str
+    nodes: tuple[int, ...]
+    low: float
+    high: float
+    what: str  # these values are
 
 
 @dataclass
@@ -128,6 +144,8 @@ class Graph:
     answers: list[bool | None] = field(
         default_factory=list
     )  # to what Python asks in forward, in turn; None: a constant's
+    limits: list[Limit] = field(default_factory=list)
+    given: tuple[float, float] | None = None  # between which two numbers the sampled tensor's lie
 
     def reached(self) -> set[int]:
         """The nodes that parameters depend on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,13 @@ class Ref:
     node: int
     chans: tuple[int, ...]
     at: Affine
+
+    def read(self, source: Tensor, grid: Pair, fill: float = 0.0) -> Tensor:
+        """What it reads of values [C, H, W] at the sites of a grid: [lanes, *grid]."""
+        i, j = self.at.rows(torch.arange(grid[0]))[:, None], self.at.cols(torch.arange(grid[1]))
+        inside = self.at.inside(i, j) & (i >= 0) & (i < source.shape[1]) & (j >= 0) & (j < source.shape[2])
+        found = source[list(self.chans)][:, i.clamp(0, source.shape[1] - 1), j.clamp(0, source.shape[2] - 1)]
+        return torch.where(inside, found, torch.tensor(fill, dtype=source.dtype))
 
     def lanes(self, keep: list[int]) -> Ref:
         """The same reference restricted to some lanes."""
@@ -100,6 +108,14 @@ class Piece:
     ref: Ref | None = None
     const: Tensor | None = None
     fill: float = 0.0
+
+    def value(self, values: Sequence[Tensor], grid: Pair) -> Tensor:
+        """Its lanes at every site of a grid, float64 [lanes, *grid]; values: of all nodes [C, H, W]."""
+        if self.ref is not None:
+            return self.ref.read(values[self.ref.node], grid, self.fill)
+        assert self.const is not None
+        const = self.const.double()
+        return const.reshape(*const.shape[:1], *(const.shape[1:] or (1, 1))).expand(self.hi - self.lo, *grid)
 
     def constant(self) -> Piece:
         """The same lanes where nothing is ever read: what lies outside the reference's bounds."""

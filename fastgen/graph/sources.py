@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,6 +25,9 @@ class Source(Node):
 
     def ready(self, done: list[Ready], known: Tensor) -> Ready:
         return Ready.uniform(self.channels, self.grid, NEVER)
+
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError(f"{self.op} is given, not computed")
 
     def restrict(self, chans: list[int], places: Places) -> Node:
         return self  # one buffer holds all of its channels
@@ -71,3 +74,6 @@ class OpaqueNode(Source):
     """An operation without a rule. Harmless unless an output depends on it."""
 
     reason: str = ""
+
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.full((self.channels, *self.grid), float("nan"), dtype=torch.float64)

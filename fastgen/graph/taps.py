@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -41,6 +41,16 @@ class TapsNode(Node):
             seen = look(done[term.ref.node].times[g : g + 1], term.ref.at, (part.shape[1], part.shape[2]))
             part.copy_(torch.where(rows[:, k, None, None], torch.maximum(part, seen), part))
         return Ready(group, times).merged()
+
+    def value(self, values: Sequence[Tensor]) -> Tensor:
+        out = torch.zeros(self.channels, *self.grid, dtype=torch.float64)
+        if self.bias is not None:
+            out += self.bias.double().reshape(self.channels, *(self.bias.shape[1:] or (1, 1)))
+        for term, read in zip(self.taps, self.reads(), strict=True):
+            part = read.of_sites(out)
+            seen = term.ref.read(values[term.ref.node], (part.shape[1], part.shape[2]))
+            part += torch.einsum("ok,kij->oij", term.weight.double(), seen)
+        return out
 
     def restrict(self, chans: list[int], places: Places) -> Node:
         whole = len(chans) == self.channels

@@ -1,0 +1,146 @@
+"""What an operation reads, element by element: as references to nodes, constants, and sources of conditioning.
+
+Sampled values, constants and conditioning may stand in one operand, and in one channel of it at different sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.capture.closed_form import ClosedForm, Lanes
+from fastgen.capture.fit import fit, fit_parts, pieces_of
+from fastgen.capture.ids import COND, CONST
+from fastgen.capture.shadow import Ids
+from fastgen.capture.tracer import Tracer
+from fastgen.graph.maps import MapNode
+from fastgen.graph.refs import Affine, Operand, Pair, Piece, Ref, runs
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of a tensor of the running call, arranged as a rule needs them: ids, values, and flat positions in it.
+
+    where: None if no element depends on conditioning (which alone is read by position).
+    """
+
+    tensor: Tensor
+    ids: Tensor
+    values: Tensor
+    where: Tensor | None = None
+
+    def arranged(self, arrange: Callable[[Tensor], Tensor]) -> Elements:
+        """The same elements otherwise: arrange is applied to ids, values and positions alike."""
+        where = None if self.where is None else arrange(self.where)
+        return Elements(self.tensor, arrange(self.ids), arrange(self.values), where)
+
+    def columns(self, keep: Tensor) -> Elements:
+        """Those of some columns, of elements [lanes, columns]."""
+        return self.arranged(lambda t: t[:, keep])
+
+    def lane(self, k: int) -> Elements:
+        """One lane [1, columns]."""
+        return self.arranged(lambda t: t[k : k + 1])
+
+    def with_ids(self, ids: Tensor) -> Elements:
+        """The same elements known by other ids."""
+        return Elements(self.tensor, ids, self.values, self.where)
+
+
+def elements(tr: Tracer, t: Tensor) -> Elements:
+    """All elements of a tensor, shaped like it."""
+    ids = tr.ids(t)
+    where = torch.arange(t.numel()).view(t.shape) if bool((ids == COND).any()) else None
+    return Elements(t, ids, t.detach(), where)
+
+
+def stand_in(tr: Tracer, values: Tensor, ids: Ids) -> Tensor:
+    """A tensor of their own for elements that forward has in none; values: what they are where they are constant."""
+    made = values.detach().clone(memory_format=torch.contiguous_format)
+    tr.put(made, ids if isinstance(ids, ClosedForm) else ids.reshape(made.shape))
+    return made
+
+
+def pieces(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> Operand:
+    """Operand pieces of elements [lanes, columns] for a reader that has them at sites (i, j) [columns]."""
+    joined, e = _joined(tr, e, i, j, grid)
+    groups, constant = fit(e.ids, i, j)
+    lanes = _conditioned(e, constant)
+    known = {*lanes, *(k for g in joined for k in g.lanes)}
+    out = pieces_of(groups, [k for k in constant if k not in known], e.values, i, j, grid)
+    return sorted([*out, *_as_pieces([*_source(tr, e, lanes, i, j, grid), *joined])], key=lambda p: p.lo)
+
+
+def terms(
+    tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair, patched: bool = False
+) -> tuple[list[Lanes], Tensor]:
+    """References for a sum over lanes, and ids [lanes, columns] that are CONST where a constant is left to be added.
+
+    patched: a lane may be in several groups, of disjoint sites, of which its value is the sum.
+    """
+    joined, e = _joined(tr, e, i, j, grid)
+    groups, constant = (fit_parts if patched else fit)(e.ids, i, j)
+    lanes = _conditioned(e, constant)
+    known = [*lanes, *(k for g in joined for k in g.lanes)]
+    ids = e.ids
+    if known:
+        ids = ids.clone()
+        ids[known] = COND
+    return [*groups, *_source(tr, e, lanes, i, j, grid), *joined], ids
+
+
+def _as_pieces(groups: list[Lanes]) -> Operand:
+    return [
+        Piece(g.lanes[a], g.lanes[b - 1] + 1, g.ref.lanes(list(range(a, b)))) for g in groups for a, b in runs(g.lanes)
+    ]
+
+
+def _conditioned(e: Elements, constant: list[int]) -> list[int]:
+    """Of the lanes without a sampled element, those with one of conditioning."""
+    some = (e.ids == COND).any(1) if e.where is not None else ()
+    return [k for k in constant if len(some) and bool(some[k])]
+
+
+def _source(tr: Tracer, e: Elements, lanes: list[int], i: Tensor, j: Tensor, grid: Pair) -> list[Lanes]:
+    """A source node for lanes of conditioning, and of constants of the same tensor beside it: of one site where they are
+    the same at all of them, of one channel where all lanes are."""
+    if not lanes or e.where is None:
+        return []
+    position = e.where[lanes].clamp(min=0)
+    if bool((position == position[:, :1]).all()):
+        index, at = position[:, :1].reshape(len(lanes), 1, 1), Affine((0, 0), hi=(1, 1))
+    else:
+        index = torch.zeros(len(lanes), *grid, dtype=torch.int64)
+        index[:, i, j] = position
+        at = Affine(hi=grid)
+    same = len(lanes) > 1 and bool((index == index[:1]).all())
+    node = tr.cond_source(e.tensor, index[:1] if same else index, (index.shape[1], index.shape[2]))
+    return [Lanes(lanes, Ref(node, (0,) * len(lanes) if same else tuple(range(len(lanes))), at))]
+
+
+def _joined(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> tuple[list[Lanes], Elements]:
+    """The lanes that are conditioning at some sites only, and sampled (a class token or a history in front, a part that is
+    given) or from outside of the tensor (padding) at others: as references to a copy that holds both. And the elements
+    without them."""
+    if e.where is None:
+        return [], e
+    conditional = e.ids == COND
+    lanes = (conditional.any(1) & ((e.ids >= 0) | (e.where < 0)).any(1)).nonzero()[:, 0].tolist()
+    if not lanes:
+        return [], e
+    own, mask = e.arranged(lambda t: t[lanes]), torch.zeros(len(lanes), *grid)
+    mask[:, i, j] = conditional[lanes].float()
+    every = torch.arange(len(lanes)).tolist()
+    given = _as_pieces(_source(tr, own, every, i, j, grid))
+    constant = own.ids == CONST
+    fill = own.values.gather(1, constant.int().argmax(1, keepdim=True)) * constant.any(1, keepdim=True)
+    values = torch.where(conditional[lanes], fill, own.values)  # what is not to show there may be anything
+    rest = Elements(own.tensor, torch.where(conditional[lanes], CONST, own.ids), values)
+    operands = [[Piece(0, len(lanes), const=mask)], given, pieces(tr, rest, i, j, grid)]
+    node = tr.add(MapNode, "join", len(lanes), grid, fn="where", operands=operands)
+    ids = e.ids.clone()
+    ids[lanes] = CONST
+    return [Lanes(lanes, Ref(node.index, tuple(every), Affine(hi=grid)))], e.with_ids(ids)
