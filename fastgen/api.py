@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import os
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastgen.checks import MOST_THREADS, own_copy, whole_number
 from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError, VerifyError
 from fastgen.forward import device_of
 from fastgen.heads import HEADS, Head
+from fastgen.kept import Kept
 from fastgen.placement import placed
 from fastgen.sampler import Sampler
 from fastgen.spec import Spec
@@ -97,8 +98,9 @@ def compile(
     return sampler
 
 
-_samplers: OrderedDict[tuple[Any, ...], Sampler] = OrderedDict()
-_REMEMBERED = 8  # samplers that sample() keeps, and with them their modules
+_samplers: Kept[tuple[Any, ...], Sampler] = Kept(8)  # that sample() keeps, and with them their modules
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_samplers.clear)  # their threads stay with the parent
 
 
 def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **options: Any) -> Tensor:
@@ -117,17 +119,15 @@ def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **o
         cond is None,
         *map(_kind, cond or ()),
     )
-    found = _samplers.pop(key, None)  # a sampler holds its module and options, so their ids stay theirs
+    found = _samplers.get(key)  # a sampler holds its module and options, so their ids stay theirs
     if found is None:
         example = None if cond is None else tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
         found = compile(model, cond=example, **chosen)
-        if len(_samplers) >= _REMEMBERED:
-            _samplers.popitem(last=False)
-    _samplers[key] = found
+        _samplers.put(key, found)
     try:
         return found.sample(n, cond=cond, **options)
     except ModelChangedError:
-        found.refresh()
+        found.refresh(changed=True)
         return found.sample(n, cond=cond, **options)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastgen.errors import FastgenError, ShapeError
-from fastgen.spec import Spec
+from fastgen.spec import Spec, number_of
 
 MOST_THREADS = 1024
 
@@ -27,10 +27,11 @@ def whole_number(value: Any, name: str, what: str, least: int = 0, most: int = (
 
 def temperature_of(value: Any) -> float:
     """A temperature that is finite and above 0 in float32, as executors have it. Raises ValueError."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        rounded = float(torch.tensor(float(value), dtype=torch.float32))
+    number = number_of(value)
+    if number is not None and 0 < number < math.inf:
+        rounded = float(torch.tensor(number, dtype=torch.float32))
         if 0 < rounded < math.inf:
-            return float(value)
+            return number
     raise ValueError(f"temperature={value!r}: expected a finite float32 > 0")
 
 

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fastgen.backends.base import Executor
 from fastgen.backends.request import Request
 from fastgen.capture.capture import capture
 from fastgen.capture.ids import col_of, row_of
 from fastgen.capture.tracer import Tracer
+from fastgen.checks import check_drawn
 from fastgen.errors import FastgenError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS
 from fastgen.graph.node import Graph, Node
 from fastgen.graph.sources import CondNode, InputNode
 from fastgen.plan.plan import Plan
 from fastgen.spec import Spec
-from fastgen.teacher_forced import forward_parameters
+from fastgen.teacher_forced import by_step, forward_parameters
 from fastgen.variations import batched
 
 
@@ -88,6 +90,21 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
                 "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or "
                 "conditioning of the first sample used for all of them?)"
             )
+
+
+def check_drift(model: nn.Module, spec: Spec, executor: Executor, request: Request) -> None:
+    """Raises FastgenError where samples run away until their parameters are no distribution, as forward itself has it: they
+    are the plan's up to there, but for rounding, which grows with them."""
+    request.want_params = True
+    values, params = (t.cpu() for t in executor.run(request) if t is not None)
+    lost = by_step(spec, values).isnan().any(-1)
+    if not bool(lost.any()):
+        return
+    true = forward_parameters(model, spec, values.nan_to_num(0.0), request.cond)
+    for k, t in enumerate(lost.int().argmax(1).tolist()):
+        if bool(lost[k, t]) and not torch.allclose(true[k, t], params[k, t], rtol=1e-2, atol=1e-2, equal_nan=True):
+            return
+    check_drawn(spec, values, request.first)
 
 
 class _Replay:

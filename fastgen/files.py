@@ -121,8 +121,8 @@ def write_wav(samples: Tensor, path: str | Path, rate: int) -> None:
     """
     if samples.dim() not in (1, 2) or not samples.numel() or not samples.is_floating_point():
         raise ValueError(f"audio is {samples.dtype} {list(samples.shape)}; expected floats [n, T]")
-    if rate < 1:
-        raise ValueError(f"rate={rate}: expected samples per second, >= 1")
+    if not 1 <= rate < 1 << 31:  # bytes per second are written in 32 bits
+        raise ValueError(f"rate={rate}: expected samples per second, from 1 to {(1 << 31) - 1}")
     if not bool(samples.isfinite().all()):
         raise ValueError("audio holds values that are not finite")
     signal = samples.detach().cpu().double().reshape(-1, samples.shape[-1])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.forward import FORWARD_ERRORS, refused
 from fastgen.spec import Spec
 from fastgen.teacher_forced import by_step, forward_parameters
 
@@ -20,7 +21,10 @@ def log_prob(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...]
     for a in range(0, len(values), BATCH):
         part = values[a : a + BATCH]
         here = tuple(c[a : a + BATCH] if isinstance(c, Tensor) and c.dim() else c for c in cond)
-        params = forward_parameters(model, spec, part, here)
+        try:
+            params = forward_parameters(model, spec, part, here)
+        except FORWARD_ERRORS as error:
+            raise refused(spec.encode(part), here, error) from error
         out.append(spec.head.log_prob(params.double(), by_step(spec, part).double()).sum(1))
     return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
 

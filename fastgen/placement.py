@@ -16,7 +16,10 @@ def placed(model: nn.Module, device: str | torch.device | None, backend: str) ->
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
     kind = None if backend == "auto" else EXECUTORS[backend].device_type
-    at = torch.device(device) if device is not None else device_of(model) if kind is None else torch.device(kind)
+    try:
+        at = torch.device(device) if device is not None else device_of(model) if kind is None else torch.device(kind)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: expected {' or '.join(AUTO)}, or a torch.device") from error
     if at.type not in AUTO:
         raise UnsupportedError(f"device='{at}': there are executors for {' and '.join(AUTO)}")
     if kind not in (None, at.type):

@@ -4,17 +4,21 @@ A checkpoint is checked against its configuration before any weight is used: a t
 mis-shaped or non-finite one is refused with the tensor's name.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import struct
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastgen.errors import CheckpointError, FastgenError, OutputError
 from fastgen.models.base import ReferenceModel
@@ -22,6 +26,8 @@ from fastgen.models.registry import build
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_PARAMETERS = 4  # that may be made for one that stays: weight norm makes new ones of old
+Header = tuple[dict[str, Any], int, int]  # tensors by name, where their data starts, bytes of the file
 _SHIPPED = Path(__file__).parent / "checkpoints"
 
 
@@ -94,12 +100,18 @@ def from_pretrained(name_or_path: str | Path) -> ReferenceModel:
         names = ", ".join(shipped()) or "none"
         raise CheckpointError(f"no checkpoint {name_or_path}: no such directory; shipped names: {names}")
     config = _read_config(path / _CONFIG)
+    header = _read_header(path / _WEIGHTS)
     try:
-        with torch.device("meta"):  # shapes only: an absurd configuration must not cost memory
+        # Shapes only, and no more of them than there are weights for: an absurd configuration must cost neither memory nor time.
+        with torch.device("meta"), _at_most(_PARAMETERS * len(header[0]) + _PARAMETERS):
             expected = {k: tuple(t.shape) for k, t in build(config).state_dict().items()}
-    except (FastgenError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except _TooMany:
+        raise CheckpointError(
+            f"{path / _CONFIG}: describes a model of far more tensors than the {len(header[0])} that {_WEIGHTS} holds"
+        ) from None
+    except (FastgenError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{path / _CONFIG}: {error}") from error
-    _check_header(path / _WEIGHTS, expected)
+    _check_header(path / _WEIGHTS, header, expected)
     try:
         tensors = load_file(path / _WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -117,16 +129,38 @@ def from_pretrained(name_or_path: str | Path) -> ReferenceModel:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}, expected an object")
     return config
 
 
-def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
+class _TooMany(Exception):
+    """More parameters are made than may be."""
+
+
+@contextlib.contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Raises _TooMany where this thread makes more parameters meanwhile."""
+    thread, made = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > parameters:
+            raise _TooMany
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check_header(path: Path, found: Header, expected: dict[str, tuple[int, ...]]) -> None:
     """Refuse a weight file whose names, shapes or size are not those of the configuration."""
-    header, start, size = _read_header(path)
+    header, start, size = found
     missing = sorted(expected.keys() - header.keys())
     extra = sorted(header.keys() - expected.keys())
     if missing or extra:
@@ -135,18 +169,18 @@ def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
     total = start
     for key, shape in expected.items():
         entry = header[key]
-        given = tuple(entry.get("shape", ())) if isinstance(entry, dict) else None
-        if given != shape:
-            raise CheckpointError(f"{path}: {key} has shape {given}, expected {shape}")
-        if entry.get("dtype") not in _BYTES:
-            raise CheckpointError(f"{path}: {key} has dtype {entry.get('dtype')}, expected one of {', '.join(_BYTES)}")
-        total += _BYTES[entry["dtype"]] * int(torch.Size(shape).numel())
+        given, dtype = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
+        if given != list(shape):
+            raise CheckpointError(f"{path}: {key} has shape {given}, expected {list(shape)}")
+        if not isinstance(dtype, str) or dtype not in _BYTES:
+            raise CheckpointError(f"{path}: {key} has dtype {dtype!r}, expected one of {', '.join(_BYTES)}")
+        total += _BYTES[dtype] * int(torch.Size(shape).numel())
     if size != total:
         problem = "truncated" if size < total else "oversized"
         raise CheckpointError(f"{path}: {problem}: {size} bytes given, expected {total}")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Path) -> Header:
     """The tensors named in a safetensors file, where their data starts, and the size of the file (bytes)."""
     try:
         size = path.stat().st_size
@@ -156,7 +190,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             if 8 + length > size:
                 raise CheckpointError(f"{path}: truncated: {size} bytes given, expected at least {8 + length}")
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read {path}: {error}") from error

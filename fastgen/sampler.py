@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import check_drawn, conditioning_of, known_values, scored_values, temperature_of, whole_number
-from fastgen.diagnose import check_forward, first_difference
+from fastgen.diagnose import check_drift, check_forward, first_difference
 from fastgen.errors import FastgenError, ModelChangedError, UnsupportedError
 from fastgen.fingerprint import Fingerprint, check_finite
 from fastgen.lengths import lengths_of, odd_site
@@ -53,11 +54,17 @@ class Sampler:
     ) -> None:
         self.model, self.spec, self.example, self.dtype, self.backend = model, spec, cond, dtype, backend
         self._threads, self._device, self._team = threads, device, team
+        self._planning = threading.RLock()
         self.refresh()
 
     @neutral()
-    def refresh(self) -> None:
-        """Plans again with the module's present weights."""
+    def refresh(self, changed: bool = False) -> None:
+        """Plans again with the module's present weights. changed: only if they changed; another thread may have done it."""
+        with self._planning:
+            if not changed or next(self._marks.changed(self._aside), None) is not None:
+                self._refresh()
+
+    def _refresh(self) -> None:
         check_finite(self.model)
         self.view, kinds = in_float32(private_view(self.model))
         # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
@@ -145,15 +152,15 @@ class Sampler:
         """
         self._check_weights()
         request = self._request(n, seed, cond, temperature, given, mask, first, length)
-        spec = self._spec_at(length)
-        slots = self.executor.slots(request.length)
+        spec, executor = self._spec_at(length), self.executor  # which another thread may replace (refresh)
+        slots = executor.slots(request.length)
         nothing = torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
-        parts = [nothing.to(self.executor.device)]
+        parts = [nothing.to(executor.device)]
         with Bar(progress, spec.steps * n) as bar:
             for start in range(0, request.slots, slots):
                 part = request.rows(start, min(request.slots, start + slots))
                 part.progress = bar.watch(start * spec.steps, part.slots, spec.steps * n, callback)
-                parts.append(self.executor.run(part)[0])
+                parts.append(executor.run(part)[0])
                 check_drawn(spec, parts[-1], part.first)
         return spec.result(torch.cat(parts))
 
@@ -207,6 +214,7 @@ class Sampler:
         spec = self._spec_at(length)
         request = variations(self.on_cpu, spec, self._request(2, 0, None, 1.0, None, None, 0, length))
         check_forward(self.on_cpu, spec, request)
+        check_drift(self.on_cpu, spec, self.executor, request)
         return first_difference(self.on_cpu, self.plan, tuple(c[:1] if batched(c) else c for c in request.cond))
 
     def _proof_length(self) -> int | None:
@@ -218,6 +226,17 @@ class Sampler:
         spec = self._spec_at(length)
         request = variations(self.on_cpu, spec, request)
         return verify(self.on_cpu, spec, self.executor, request, self.plan.graph, self._threads)
+
+    def __copy__(self) -> Sampler:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Sampler holds threads and native memory of this process, and is neither pickled nor copied; send the module "
+            "and compile it there"
+        )
 
     # ---- checks on entry -----------------------------------------------------------------------------------------
     @neutral()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,12 @@ from fastgen.steps import Steps, make_steps, step_table
 
 LAYOUTS = ("CHW", "HWC", "HW", "CT", "TC", "T", "D")
 DEFAULT_LAYOUT = {1: "T", 2: "CT", 3: "CHW"}
+
+
+def number_of(value: Any) -> float | None:
+    """A number, or what counts as one (numpy's, a tensor of one element without axes); None for anything else."""
+    plain = isinstance(value, int | float | np.number) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
+    return float(value) if plain and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Spec:
     order: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.predicts == "next" and self.start is not None and number_of(self.start) is None:
+            raise ValueError(f"start={self.start!r}: expected one number for all samples and channels")
+        if not all(hasattr(s, "__index__") for s in self.shape):
+            raise ShapeError(f"shape={self.shape!r}: expected whole numbers, one sample without the batch")
         layout = self.layout or DEFAULT_LAYOUT.get(len(self.shape), "")
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "shape", tuple(int(s) for s in self.shape))

@@ -317,13 +317,13 @@ def test_one_liner_remembers_and_refreshes(monkeypatch: pytest.MonkeyPatch) -> N
     case = only("masked-sequential")
     model = case.build()
     plans: list[int] = []
-    refresh = Sampler.refresh
+    refresh = Sampler._refresh
 
     def counted(self: Sampler) -> None:
         plans.append(1)
         refresh(self)
 
-    monkeypatch.setattr(Sampler, "refresh", counted)
+    monkeypatch.setattr(Sampler, "_refresh", counted)
     first = fastgen.sample(model, 2, shape=case.shape, head=case.head, seed=1)
     again = fastgen.sample(model, 2, shape=list(case.shape), head=case.head, seed=1)
     assert torch.equal(first, again) and len(plans) == 1

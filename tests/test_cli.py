@@ -377,3 +377,30 @@ def test_closed_pipe_is_no_error(saved: Path) -> None:
     )
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["sample", "verify", "plan"])
+def test_a_device_that_there_is_not_is_no_failed_check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected cpu or cuda" in fails(capsys, command, "--device", "foo")
+
+
+def test_an_absurd_rate(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected samples per second" in fails(
+        capsys, "sample", saved / "sound", "-n", 1, "--length", 10, "--rate", 1 << 32, "-o", "o.wav"
+    )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(saved: Path, here: Path, closed: str) -> None:
+    """Nothing is said; what was asked for is done."""
+    command = f"{sys.executable} -m fastgen sample {saved / 'digits'} -n 1 -o x.png {closed}"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0 and (here / "x.png").exists()
+
+
+def test_names_that_the_terminal_cannot_show(saved: Path, here: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgen", "sample", str(saved / "digits"), "-n", "1", "-o", "\u00fc.png"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and (here / "\u00fc.png").exists() and "xfc.png" in done.stdout

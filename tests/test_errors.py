@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import FastgenError, ModelChangedError, NotCausalError, ShapeError, UnsupportedError, VerifyError
+from fastgen import FastgenError, ModelChangedError, NotCausalError, ShapeError, UnsupportedError
 from fastgen.heads import Bernoulli, Categorical
 from tests.cases import BadCase, Case, bad_cases
 from tests.conftest import Compiled
@@ -155,7 +155,7 @@ def test_verification_refuses_what_depends_on_the_moment() -> None:
             self.calls = getattr(self, "calls", 0) + 1
             return super().forward(x) * (1 + 0.01 * self.calls)
 
-    with pytest.raises(VerifyError, match="random even in eval mode"):
+    with pytest.raises(UnsupportedError, match="random even in eval mode"):
         fastgen.compile(Drifts(), (1, 4, 4), HEAD)
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fastgen"
 # From the ground up: a module imports from its own floor and from those below. A folder is one part.
 FLOORS = (
     ("errors",),
-    ("rng", "native", "steps", "progress", "graph", "kernels", "forward"),
+    ("rng", "native", "steps", "progress", "graph", "kernels", "forward", "kept"),
     ("heads", "view"),
     ("ops", "spec"),
     ("nn", "capture", "checks", "media", "fingerprint"),

@@ -96,11 +96,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra": (lambda p: change(p, lambda t: t.update(more=torch.zeros(3))), r"holds more"),
     "mis-shaped": (
         lambda p: change(p, lambda t: t.update({"head_out.bias": torch.zeros(9)})),
-        r"head_out\.bias has shape \(9,\), expected \(4,\)",
+        r"head_out\.bias has shape \[9\], expected \[4\]",
     ),
     "integers": (
         lambda p: change(p, lambda t: t.update({"head_out.bias": torch.zeros(4, dtype=torch.int32)})),
-        r"head_out\.bias has dtype I32, expected one of",
+        r"head_out\.bias has dtype 'I32', expected one of",
     ),
     "nan": (
         lambda p: change(p, lambda t: t["embed.weight"][1].fill_(torch.nan)),
@@ -121,10 +121,47 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown model": (lambda p: configure(p, model="vae"), r"config\['model'\] is 'vae', expected one of"),
     "unknown option": (lambda p: configure(p, size=3), r"no option size"),
     "wrong type": (lambda p: configure(p, dim="wide"), r"config\.json: "),
-    "other size": (lambda p: configure(p, dim=8), r"embed\.weight has shape \(4, 4\), expected \(4, 8\)"),
-    "absurd size": (lambda p: configure(p, dim=10**7), r"expected \(4, 10000000\)"),
+    "other size": (lambda p: configure(p, dim=8), r"embed\.weight has shape \[4, 4\], expected \[4, 8\]"),
+    "absurd size": (lambda p: configure(p, dim=10**7), r"expected \[4, 10000000\]"),
+    "absurd depth": (lambda p: configure(p, layers=10**6), r"config\.json: describes a model of far more tensors than"),
+    "deep JSON": (lambda p: (p / "config.json").write_text("[" * 100_000), r"cannot read .*config\.json"),
+    "a deep header": (
+        lambda p: rewrite(p, lambda d: (100_000).to_bytes(8, "little") + b"[" * 100_000),
+        r"cannot read .*model\.safetensors",
+    ),
+    "a shape that is a number": (lambda p: describe(p, shape=1), r"embed\.weight has shape 1, expected \[4, 4\]"),
+    "a shape of texts": (lambda p: describe(p, shape=["4", "4"]), r"embed\.weight has shape \['4', '4'\], expected"),
+    "a dtype that is a list": (lambda p: describe(p, dtype=[]), r"embed\.weight has dtype \[\], expected one of"),
+    "an entry that is a text": (
+        lambda p: rewrite(p, lambda d: rewritten(d, lambda h: h.update({"embed.weight": "x"}))),
+        r"embed\.weight has shape None",
+    ),
+    "a shape of a model that is a text": (
+        lambda p: configure(p, shape="x"),
+        r"option shape is 'x', expected tuple\[int, int\]",
+    ),
+    "three axes for two": (
+        lambda p: configure(p, shape=[6, 6, 6]),
+        r"option shape is \[6, 6, 6\], expected tuple\[int, int\]",
+    ),
+    "half a layer": (lambda p: configure(p, layers=2.5), r"option layers is 2\.5, expected int"),
+    "yes for a number": (lambda p: configure(p, kernel=True), r"option kernel is True, expected int"),
     "other depth": (lambda p: configure(p, layers=3), r"lacks layers\.2\."),
 }
+
+
+def rewritten(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A weight file with another header."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def describe(path: Path, **fields: Any) -> None:
+    """Says otherwise of one tensor."""
+    rewrite(path, lambda d: rewritten(d, lambda h: h["embed.weight"].update(fields)))
 
 
 def configure(path: Path, **changes: Any) -> None:

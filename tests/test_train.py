@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import wave
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastgen.errors import CheckpointError, OutputError
 from fastgen.heads import Categorical
@@ -97,6 +101,54 @@ def test_learns_and_reports_and_leaves_the_caller_alone(tmp_path: Path, capsys: 
     with torch.no_grad():
         again = torch.cat([bits_per_dim(model, x, cond) for x, cond in Digits(4, True).held_out()])
     assert float(again.mean()) == pytest.approx(report.held_out_bits_per_dim, rel=1e-6)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    recipe, out = tiny(INDICES, 1), tmp_path / "run"
+    first = train(recipe, out, progress=False)
+    again = train(recipe, out, resume=True, progress=False)
+    assert again.held_out_bits_per_dim == first.held_out_bits_per_dim and again.train_bits_per_dim is None
+    assert json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)["train_bits_per_dim"] is None
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], object], str]] = {
+    "no step": (lambda t, about: about.pop("step"), "its step is None"),
+    "half a step": (lambda t, about: about.update(step=2.5), r"its step is 2\.5"),
+    "before the start": (lambda t, about: about.update(step=-1), "its step is -1"),
+    "a text": (lambda t, about: about.update(step="x"), "its step is 'x'"),
+    "NaN": (
+        lambda t, about: t["weight.embed.weight"].fill_(math.nan),
+        "weight.embed.weight holds values that are not finite",
+    ),
+    "half moments": (
+        lambda t, about: t.update({"adam.exp_avg.embed.weight": t["adam.exp_avg.embed.weight"].half()}),
+        "is float16",
+    ),
+    "negative squares": (lambda t, about: t["adam.exp_avg_sq.embed.weight"].sub_(1), "squares below 0"),
+    "random state of floats": (
+        lambda t, about: t.update({"rng.torch": t["rng.torch"].float()}),
+        "rng.torch is float32",
+    ),
+    "a wrong random state": (lambda t, about: t["rng.torch"].fill_(255), "rng.torch: "),
+    "a tensor less": (lambda t, about: t.pop("ema.embed.weight"), "ema.embed.weight is missing"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_odd_states_change_nothing(edit: str, tmp_path: Path) -> None:
+    recipe, out = tiny(INDICES, 1), tmp_path / "run"
+    train(recipe, out, progress=False)
+    change, message = EDITS[edit]
+    state = out / "state.safetensors"
+    with safe_open(state, framework="pt") as file:
+        about = json.loads(file.metadata()["state"])
+    tensors = {k: v.clone() for k, v in load_file(state).items()}
+    change(tensors, about)
+    save_file(tensors, state, metadata={"state": json.dumps(about)})
+    before = state.read_bytes(), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=message):
+        train(recipe, out, resume=True, progress=False)
+    assert state.read_bytes() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_runs_are_not_mixed_up(tmp_path: Path) -> None:

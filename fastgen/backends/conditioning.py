@@ -8,7 +8,7 @@ calls.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, first_tensor, plain, refused
 from fastgen.graph.node import OUTPUT, Call, Graph
 from fastgen.graph.sources import CondNode
+from fastgen.kept import Kept
 from fastgen.program.pack import grown
 from fastgen.program.records import Program
 from fastgen.spec import Spec
@@ -147,8 +148,8 @@ class Conditioning:
         self.model, self.spec, self.graph = model, spec, graph
         reached = graph.reached()
         self._limits = [limit for limit in graph.limits if reached.issuperset(limit.nodes)]
-        self._known: OrderedDict[bytes, list[Tensor]] = OrderedDict()
-        self._shapes: dict[Any, Shapes] = {}
+        self._known: Kept[bytes, list[Tensor]] = Kept(REMEMBERED)
+        self._shapes: Kept[Any, Shapes] = Kept(FORMS)
 
     def sources(self, program: Program, request: Request) -> list[Tensor]:
         """One tensor [slots, rows, cols, C] float32 per Cond buffer."""
@@ -163,8 +164,9 @@ class Conditioning:
             form = (spec.shape, *((c.dtype, tuple(c.shape)) for c in tensors))
             key = repr(form).encode() + b"|".join(_bytes(c) for c in tensors)
             if key not in rows:
-                rows[key] = self._recall(key) or self._sample(program, spec, one, form)
-                self._remember(key, rows[key])
+                rows[key] = self._known.get(key) or self._sample(program, spec, one, form)
+                if sum(a.numel() for a in rows[key]) <= SMALL:
+                    self._known.put(key, rows[key])
             keys.append(key)
         return [
             torch.stack(parts).to(torch.float32).contiguous() for parts in zip(*(rows[k] for k in keys), strict=True)
@@ -176,9 +178,7 @@ class Conditioning:
         shapes: Shapes = {} if known is None else known
         found = self._forward(spec, one, shapes, whole=known is None)
         if known is None:
-            if len(self._shapes) >= FORMS:
-                self._shapes.clear()
-            self._shapes[form] = shapes
+            self._shapes.put(form, shapes)
         arrays = {n.index: self._take(n, found[n.point], spec) for n in self._nodes(program)}
         self._check_limits(arrays)
         return list(arrays.values())
@@ -196,16 +196,6 @@ class Conditioning:
                 raise ShapeError(
                     f"layer {limit.path}: with this conditioning {limit.what} is {given}; expected {expected}"
                 )
-
-    def _recall(self, key: bytes) -> list[Tensor] | None:
-        return self._known.pop(key, None)
-
-    def _remember(self, key: bytes, arrays: list[Tensor]) -> None:
-        if sum(a.numel() for a in arrays) > SMALL:
-            return
-        self._known[key] = arrays
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
 
     def _nodes(self, program: Program) -> list[CondNode]:
         return [n for n in (self.graph.nodes[k] for k in program.cond) if isinstance(n, CondNode)]

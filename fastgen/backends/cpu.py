@@ -11,12 +11,14 @@ from torch import Tensor
 from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
-from fastgen.errors import Cancelled
+from fastgen.errors import Cancelled, FastgenError
+from fastgen.kept import Kept
 from fastgen.native import native
 from fastgen.program.programs import Programs
 
 ARENA_LIMIT = 1 << 29  # bytes of activations in flight
 MOST_SLOTS = 64
+ENGINES = 2  # lengths whose executors are kept: each holds all weights
 
 
 class CpuExecutor(CompiledExecutor):
@@ -38,8 +40,8 @@ class CpuExecutor(CompiledExecutor):
             if hasattr(os, "sched_getaffinity")
             else (threads or os.cpu_count() or 1)
         )
-        self._native = native()
-        self._engines: dict[int | None, Any] = {}
+        self._native, self._process = native(), os.getpid()
+        self._engines: Kept[int | None, Any] = Kept(ENGINES)
         self.engine(None)
 
     @classmethod
@@ -49,12 +51,18 @@ class CpuExecutor(CompiledExecutor):
 
     def engine(self, length: int | None) -> Any:
         """The native executor for a sequence length."""
-        if length not in self._engines:
-            if len(self._engines) >= 2:
-                self._engines.pop(next(iter(self._engines)))
-            tables = self.programs(length, self.dtype).tables()
-            self._engines[length] = self._native.CpuExecutor(tables, self.threads, self.isa)
-        return self._engines[length]
+
+        def made() -> Any:
+            return self._native.CpuExecutor(self.programs(length, self.dtype).tables(), self.threads, self.isa)
+
+        return self._engines.made(length, made)
+
+    def ready(self) -> None:
+        """See Executor."""
+        if os.getpid() != self._process:
+            raise FastgenError(
+                "this sampler belongs to the parent process: its threads do not survive a fork; compile again in the child"
+            )
 
     def slots(self, length: int | None) -> int:
         """As many samples at once as keep the activations in flight within bounds."""

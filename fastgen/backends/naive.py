@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fastgen import rng
 from fastgen.backends.base import Executor, Setting
 from fastgen.backends.request import Request
-from fastgen.errors import Cancelled
-from fastgen.forward import device_of, first_tensor
+from fastgen.errors import Cancelled, FastgenError
+from fastgen.forward import FORWARD_ERRORS, device_of, first_tensor, refused
 from fastgen.spec import Spec
 from fastgen.view import neutral
 
@@ -55,7 +55,11 @@ class NaiveExecutor(Executor):
         for t, (site, f) in enumerate(zip(steps.site.tolist(), steps.phase.tolist(), strict=True)):
             if r.progress is not None and r.progress(t) is False:
                 raise Cancelled
-            theta = spec.parameters(first_tensor(self.model(spec.encode(out).to(device), *cond)))
+            x = spec.encode(out).to(device)
+            try:
+                theta = spec.parameters(first_tensor(self.model(x, *cond)))
+            except FORWARD_ERRORS as error:
+                raise error if isinstance(error, FastgenError) else refused(x, cond, error) from error
             theta = theta.reshape(r.slots, -1, spec.phases, theta.shape[-1])[:, site, f].float().cpu()
             if params is not None:
                 params[:, t] = theta

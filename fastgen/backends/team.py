@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
+from fastgen.kept import Kept
 from fastgen.native import native
 from fastgen.program.programs import Programs
 from fastgen.program.records import Program
@@ -50,7 +51,7 @@ class TeamExecutor(CompiledExecutor):
         self.precision = PRECISIONS[dtype]
         self.rounds_activations = dtype != torch.float32
         self._native = native()
-        self._lowered: dict[int | None, Lowered] = {}
+        self._lowered: Kept[int | None, Lowered] = Kept(2)
 
     @abstractmethod
     def _launch(self, launch: dict[str, Any], request: Request, out: Tensor, lowered: Lowered) -> None:
@@ -58,15 +59,15 @@ class TeamExecutor(CompiledExecutor):
 
     def lowered(self, length: int | None) -> Lowered:
         """The lowered program for a length; kept for the last few."""
-        if length not in self._lowered:
-            if len(self._lowered) >= 2:
-                self._lowered.pop(next(iter(self._lowered)))
+
+        def made() -> Lowered:
             program = self.programs(length)
             block, info = self._native.lower(program.tables(), self.precision, self.shared_bytes)
-            self._lowered[length] = Lowered(
+            return Lowered(
                 program, torch.from_numpy(block).to(self.device), info["arena"], info["stages"], info["column_stages"]
             )
-        return self._lowered[length]
+
+        return self._lowered.made(length, made)
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """See Executor; results are on the executor's device. Releases the GIL."""

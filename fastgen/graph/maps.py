@@ -96,7 +96,10 @@ class MapNode(OperandNode):
         return Ready(group, times).merged()
 
     def dead(self) -> dict[int, Tensor]:
-        """Per operand the elements [C, H, W] that cannot matter: factors of a constant zero, untaken branches."""
+        """Per operand the elements [C, H, W] that cannot matter: factors of a constant zero, untaken branches, and what is
+        brought to one value whatever it is."""
+        if (self.fn == "affine" and self.imm[0] == 0) or (self.fn == "clamp" and self.imm[0] >= self.imm[1]):
+            return {0: torch.ones(self.channels, *self.grid, dtype=torch.bool)}
         if self.fn in ("mul", "muladd"):
             tests = ((0, 1, True), (1, 0, True))
         elif self.fn == "where":

@@ -1,6 +1,8 @@
 """Models by name: `build` makes one from a configuration or from the name of a known one."""
 
 import inspect
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +57,30 @@ def build(config: str | Mapping[str, Any]) -> ReferenceModel:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"model {kind!r} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    hints = typing.get_type_hints(CLASSES[kind].__init__)
     for name, value in options.items():
         if isinstance(value, list):
             options[name] = tuple(value)
+        if not _fits(options[name], hints.get(name, Any)):
+            expected = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            raise TypeError(f"model {kind!r}: option {name} is {value!r}, expected {expected}")
     return CLASSES[kind](**options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a configuration is what an option takes: a number, a text, some of them, one of several."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is tuple:
+        inner = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)

@@ -17,6 +17,7 @@ from fastgen.forward import device_of
 from fastgen.graph.node import Graph
 from fastgen.graph.refs import Places
 from fastgen.plan.fuse import fuse
+from fastgen.plan.period import period_of
 from fastgen.plan.plan import Plan, Schedule
 from fastgen.plan.ready import check_causal, check_supported, ready_times
 from fastgen.plan.receptive import receptive_field
@@ -79,7 +80,10 @@ def build_plan(model: nn.Module, spec: Spec, cond: tuple[Any, ...], whole: bool 
         planned = spec.at_length(min(spec.sites[0], 1 << (4 * reach - 1).bit_length()))
     if spec.sequence and not whole and spec.sites[0] >= SHORT and not _alike(units):
         return build_plan(model, spec, cond, whole=True)
-    plan = Plan(planned, graph, _schedule(planned, units, params, whole), reach, time.perf_counter() - began)
+    made = _schedule(planned, units, params, whole)
+    if made is None:
+        return build_plan(model, spec, cond, whole=True)
+    plan = Plan(planned, graph, made, reach, time.perf_counter() - began)
     if spec.sequence and spec.order is None and not plan.schedule.sequence and spec.sites[0] >= SHORT:
         plan.notes["length"] = f"{spec.sites[0]} sites only, which are not alike"
     plan.receptive_field = receptive_field(graph, planned)
@@ -124,7 +128,8 @@ def _alike(units: list[Unit]) -> bool:
     return True
 
 
-def _schedule(spec: Spec, units: list[Unit], params: Places, whole: bool) -> Schedule:
+def _schedule(spec: Spec, units: list[Unit], params: Places, whole: bool) -> Schedule | None:
+    """None: a sequence whose schedule does not repeat, so that it must be planned whole."""
     sequence = spec.sequence and spec.sites[0] >= SHORT and not whole
     if spec.order is not None:
         row_len = spec.steps
@@ -134,4 +139,8 @@ def _schedule(spec: Spec, units: list[Unit], params: Places, whole: bool) -> Sch
         row_len = spec.grid[1] * spec.phases
     live = schedule(units, params, spec.timeline.table, Clock(row_len))
     check(live)
-    return Schedule(live, fuse(live, params), params, spec.timeline, row_len, sequence)
+    instrs = fuse(live, params)
+    if not sequence:
+        return Schedule(live, instrs, params, spec.timeline, row_len, False, spec.steps)
+    found = period_of(instrs, spec.steps, row_len)
+    return None if found is None else Schedule(live, instrs, params, spec.timeline, row_len, True, *found)

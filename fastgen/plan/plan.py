@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastgen.graph.node import Graph
 from fastgen.graph.refs import Places
 from fastgen.plan.fuse import Instr
+from fastgen.plan.period import OpKey
 from fastgen.plan.units import Unit
 from fastgen.spec import Spec
 from fastgen.steps import Steps
@@ -23,6 +24,8 @@ class Schedule:
     steps: Steps
     row_len: int  # steps of a row
     sequence: bool  # extends to any length
+    period: int  # steps after which it repeats: of images, all of them
+    advance: dict[OpKey, int] = field(default_factory=dict)  # of a sequence: sites that each op goes on in them
 
 
 @dataclass

@@ -15,7 +15,7 @@ from fastgen.graph.times import parity_grid
 from fastgen.plan.fuse import Instr
 from fastgen.plan.plan import Schedule
 from fastgen.program import records as R
-from fastgen.program.items import item_tables, period_of
+from fastgen.program.items import item_tables
 from fastgen.program.rings import input_ring, rings
 from fastgen.program.vector import Coder, Pool, ceil_panel
 
@@ -66,7 +66,6 @@ class Packer:
         self._home: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._arena = 0
         self._input = -1
-        self.period, self.advance = period_of(schedule)
 
     # ---- buffers -------------------------------------------------------------------------------------------------
     def _grow_cols(self, grid: Pair) -> int:
@@ -131,7 +130,7 @@ class Packer:
         self.ops.append(R.Op(
             **vars(coder.linear_part), partial=partial, code0=len(self.code), ncode=len(coder.code),
             scratch=max(coder.top, R.PANEL), up_i=instr.up[0], up_j=instr.up[1], par_i=parity[0], par_j=parity[1],
-            q_rows=rows_q, q_cols=cols_q, advance=self.advance[(instr.index, parity)],
+            q_rows=rows_q, q_cols=cols_q, advance=self.schedule.advance.get((instr.index, parity), 0),
         ))  # fmt: skip
         self.code += coder.code
         self.op_units.append((instr, parity))
@@ -156,17 +155,17 @@ class Packer:
             for parity in instr.parities:
                 self._op(instr, parity)
         record, param_ptr = self._head(head), self._parameters()
-        row_items, row_ptr, step_items, step_ptr = item_tables(self.schedule, self.op_units, self.period, self.advance)
+        row_items, row_ptr, step_items, step_ptr = item_tables(self.schedule, self.op_units)
         rows, added = steps.grid[0], self.length - self.planned
-        site = steps.site[: self.period].clamp(max=rows * self.length - 1)
+        site = steps.site[: self.schedule.period].clamp(max=rows * self.length - 1)
         return R.Program(
             buffers=R.table(self.buffers, R.Buffer), taps=R.table(self._stretched_taps(), R.Tap),
             code=R.table(self.code, R.Micro), ops=R.table(self.ops, R.Op),
             row_items=row_items, row_ptr=row_ptr, step_items=step_items, step_ptr=step_ptr,
-            step_site=site.to(torch.int32).numpy(), step_phase=steps.phase[: self.period].to(torch.int32).numpy(),
+            step_site=site.to(torch.int32).numpy(), step_phase=steps.phase[: self.schedule.period].to(torch.int32).numpy(),
             param_ptr=param_ptr, weights=self._blob(), consts=self.consts.array(), head=record,
             rows=rows, cols=self.length, steps=len(steps) + added * steps.phases,
-            row_len=self.schedule.row_len, period=self.period, arena=max(self._arena, R.PANEL), cond=self.cond,
+            row_len=self.schedule.row_len, period=self.schedule.period, arena=max(self._arena, R.PANEL), cond=self.cond,
         )  # fmt: skip
 
     def _blob(self) -> R.Array:

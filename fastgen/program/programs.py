@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from fastgen.errors import UnsupportedError
+from fastgen.kept import Kept
 from fastgen.plan.build import SHORT, one_thread
 from fastgen.plan.plan import Plan, count, plan_stats
 from fastgen.program.pack import pack
@@ -20,7 +21,7 @@ class Programs:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._packed: dict[tuple[int | None, torch.dtype], Program] = {}
+        self._packed: Kept[tuple[int | None, torch.dtype], Program] = Kept(KEPT)
         stats = self.stats()
         plan.notes["memory"] = (
             f"{count(stats['weight_bytes'])}B of weights, {count(stats['state_bytes_per_sample'])}B of "
@@ -30,13 +31,13 @@ class Programs:
     def __call__(self, length: int | None = None, dtype: torch.dtype = torch.float32) -> Program:
         """The program; `length` is the number of sites of a sequence. Raises UnsupportedError where the plan does not
         hold for it."""
-        key = (self._length(length), dtype)
-        if key not in self._packed:
-            if len(self._packed) >= KEPT:
-                self._packed.pop(next(iter(self._packed)))
-            with one_thread():
-                self._packed[key] = pack(self.plan.schedule, self.plan.spec.native_head(), dtype, key[0])
-        return self._packed[key]
+        sites = self._length(length)
+
+        @one_thread()
+        def packed() -> Program:
+            return pack(self.plan.schedule, self.plan.spec.native_head(), dtype, sites)
+
+        return self._packed.made((sites, dtype), packed)
 
     def stats(self) -> dict[str, float]:
         """Figures for one sample of the planned size: work, weight bytes read at batch 1, instructions, memory."""

@@ -31,7 +31,7 @@ class TrainReport:
     name: str
     steps: int
     held_out_bits_per_dim: float
-    train_bits_per_dim: float
+    train_bits_per_dim: float | None  # None: no step was run
     seconds: float
     parameters: int
 
@@ -76,7 +76,7 @@ def train(
         name=recipe.name,
         steps=state.step,
         held_out_bits_per_dim=held_out,
-        train_bits_per_dim=train_bits,
+        train_bits_per_dim=None if math.isnan(train_bits) else train_bits,
         seconds=round(time.monotonic() - started, 1),
         parameters=sum(p.numel() for p in model.parameters()),
     )

@@ -80,20 +80,41 @@ def load_state(path: Path, state: TrainState, recipe: Recipe, seed: int) -> None
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("state", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot resume from {path}: {error}") from error
+    if not isinstance(about, dict):
+        raise CheckpointError(
+            f"cannot resume from {path}: its state is a JSON {type(about).__name__}, expected an object"
+        )
     expected = {"seed": seed, "recipe": json.loads(json.dumps(asdict(recipe)))}
     for key, value in expected.items():
         if about.get(key) != value:
             raise CheckpointError(f"cannot resume from {path}: its {key} is {about.get(key)}, expected {value}")
-    wanted = {key: t.shape for key, t in state.tensors().items()}
-    given = {key: t.shape for key, t in tensors.items()}
+    step = about.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 31:
+        raise CheckpointError(f"cannot resume from {path}: its step is {step!r}, expected a number of steps")
+    _check_tensors(path, tensors, state.tensors())
+    state.restore(tensors, step)
+
+
+def _check_tensors(path: Path, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises CheckpointError where tensors are not such as a run writes."""
+
+    def what(t: Tensor | None) -> str:
+        return "missing" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
     for key in sorted(wanted.keys() | given.keys()):
-        if wanted.get(key) != given.get(key):
-            raise CheckpointError(
-                f"cannot resume from {path}: {key} has shape {given.get(key)}, expected {wanted.get(key)}"
-            )
-    state.restore(tensors, int(about["step"]))
+        found, like = given.get(key), wanted.get(key)
+        if found is None or like is None or (found.dtype, found.shape) != (like.dtype, like.shape):
+            raise CheckpointError(f"cannot resume from {path}: {key} is {what(found)}, expected {what(like)}")
+        if found.is_floating_point() and not bool(found.isfinite().all()):
+            raise CheckpointError(f"cannot resume from {path}: {key} holds values that are not finite")
+        if key.startswith("adam.exp_avg_sq.") and bool((found < 0).any()):
+            raise CheckpointError(f"cannot resume from {path}: {key} holds squares below 0")
+    try:
+        torch.Generator().set_state(given["rng.torch"])
+    except RuntimeError as error:
+        raise CheckpointError(f"cannot resume from {path}: rng.torch: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
