@@ -159,6 +159,7 @@ def _values(box: Any) -> dict[Any, Any]:
         own = {k: v for k, v in own.items() if k not in ASIDE}
     theirs = type(box).__module__.split(".")[0] not in ("torch", "builtins")
     shared = vars(type(box)) if theirs else {}  # of the class, as far as they are values
+    own = {k: v for k, v in own.items() if not k.startswith("_fastgen_")}  # of layers, made from the rest
     return {
         **{k: v for k, v in shared.items() if not k.startswith("__") and isinstance(v, (*SIMPLE, Tensor, *CONTAINERS))},
         **_slots(box), **own,

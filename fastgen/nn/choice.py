@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fastgen.nn.constant import Constant
 from fastgen.ops import KernelChoice, kernel_for
 
 Wish = Literal["auto", "torch"]
@@ -47,6 +48,13 @@ def decide_again(module: nn.Module, incompatible: Any = None) -> None:
 
 class Layer(Deciding):
     """What every layer of fastgen.nn has: `kernel`."""
+
+    _mask: Constant | None = None
+
+    def _fastgen_decide(self) -> None:
+        super()._fastgen_decide()
+        if self._mask is not None:
+            self._mask.like(next(self.parameters()))  # made now rather than in the middle of something
 
     def _finish(self) -> None:
         """The end of every constructor."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastgen.errors import ShapeError
 from fastgen.nn import run
 from fastgen.nn.choice import Layer
+from fastgen.nn.constant import Constant
 from fastgen.nn.run import Gate, Pads, Pair
 from fastgen.ops.checks import GATES
 
@@ -46,8 +47,6 @@ class GatedConv2d(Layer, nn.Conv2d):
     H', W']. Raises ShapeError; the constructor ValueError.
     """
 
-    mask: Tensor | None
-
     def __init__(
         self,
         in_channels: int,
@@ -73,9 +72,7 @@ class GatedConv2d(Layer, nn.Conv2d):
         self.gate: Gate = gate
         self.elu = elu
         self.pads = _pads(padding)
-        if mask is not None:
-            mask = mask.to(self.weight)
-        self.register_buffer("mask", mask, persistent=False)
+        self._mask = None if mask is None else Constant(mask)
         self._finish()
 
     def forward(
@@ -87,8 +84,14 @@ class GatedConv2d(Layer, nn.Conv2d):
             elu=self.elu and not activated,
         )  # fmt: skip
 
+    @property
+    def mask(self) -> Tensor | None:
+        """What the weight is multiplied by, on its device and of its dtype; None: it is read as it is."""
+        return None if self._mask is None else self._mask.like(self.weight)
+
     def _masked(self) -> Tensor:
-        return self.weight if self.mask is None else self.weight * self.mask
+        mask = self.mask
+        return self.weight if mask is None else self.weight * mask
 
     def extra_repr(self) -> str:
         gate = f", gate={self.gate}" if self.gate != "none" else ""
@@ -113,8 +116,6 @@ class MaskedConv2d(GatedConv2d):
     is that of nn.Conv2d with padding (kh // 2, kw // 2); the half that the mask hides is neither read nor
     multiplied. Otherwise as GatedConv2d, without a gate unless one is asked for.
     """
-
-    mask: Tensor
 
     def __init__(
         self,
@@ -146,30 +147,33 @@ class MaskedConv2d(GatedConv2d):
         pads = (kernel[1] // 2 * across, (cols - 1 - kernel[1] // 2) * across, kernel[0] // 2 * down, 0)
         super().__init__(
             in_channels, out_channels, kernel, stride=stride, padding=pads, dilation=dilation, bias=bias, gate=gate,
-            elu=elu, mask=torch.ones(kernel[0] // 2 + 1, cols), device=device, dtype=dtype,
+            elu=elu, device=device, dtype=dtype,
         )  # fmt: skip
         self.mask_type: Mask = mask
-        self.register_buffer("mask", self._causal(channel_groups), persistent=False)
+        with torch.device("cpu"):  # wherever modules are made
+            self._mask = Constant(self._causal(channel_groups, (kernel[0] // 2 + 1, cols)))
+        self._fastgen_decide()
 
-    def _causal(self, groups: int) -> Tensor:
+    def _causal(self, groups: int, size: Pair) -> Tensor:
         """[outputs, inputs, rows, cols] of ones where the weight may be read, rows below left out."""
         outputs, inputs = self.weight.shape[:2]
         block_out = torch.arange(outputs // (1 if self.gate == "none" else 2)) // (self._gated(outputs) // groups)
         block_in = torch.arange(inputs // (2 if self.elu else 1)) // (inputs // (2 if self.elu else 1) // groups)
         block_out, block_in = block_out.repeat(outputs // len(block_out)), block_in.repeat(inputs // len(block_in))
         centre = self.kernel_size[1] // 2
-        mask = torch.ones(outputs, inputs, *self.mask.shape)
+        mask = torch.ones(outputs, inputs, *size)
         mask[:, :, -1, centre + 1 :] = 0.0
         later = block_in[None] >= block_out[:, None] if self.mask_type == "A" else block_in[None] > block_out[:, None]
         mask[:, :, -1, centre][later] = 0.0
-        return mask.to(self.weight)
+        return mask
 
     def _gated(self, outputs: int) -> int:
         return outputs // (1 if self.gate == "none" else 2)
 
     def _masked(self) -> Tensor:
-        rows, cols = self.mask.shape[2:]
-        return self.weight[:, :, :rows, :cols] * self.mask
+        mask = self.mask
+        assert mask is not None
+        return self.weight[:, :, : mask.shape[2], : mask.shape[3]] * mask
 
 
 class DownShiftedConv2d(GatedConv2d):
@@ -199,7 +203,7 @@ class DownShiftedConv2d(GatedConv2d):
         (kh, kw), (down, across) = pair(kernel_size), pair(dilation)
         if kw % 2 == 0:
             raise ShapeError(f"DownShiftedConv2d: kernel_size={(kh, kw)}, expected an odd width: it is centred")
-        hidden = torch.ones(kh, kw)
+        hidden = torch.ones(kh, kw, device="cpu")
         hidden[-1] = 0.0
         side = kw // 2 * across
         super().__init__(
@@ -234,7 +238,7 @@ class DownRightShiftedConv2d(GatedConv2d):
     ) -> None:
         check_mask("DownRightShiftedConv2d", mask)
         (kh, kw), (down, across) = pair(kernel_size), pair(dilation)
-        hidden = torch.ones(kh, kw)
+        hidden = torch.ones(kh, kw, device="cpu")
         hidden[-1, -1] = 0.0
         super().__init__(
             in_channels, out_channels, (kh, kw), stride=stride, padding=((kw - 1) * across, 0, (kh - 1) * down, 0),

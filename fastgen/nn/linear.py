@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastgen.errors import ShapeError
 from fastgen.nn import run
 from fastgen.nn.choice import Layer
+from fastgen.nn.constant import Constant
 from fastgen.nn.run import Gate
 from fastgen.ops import KernelChoice
 from fastgen.ops.checks import GATES
@@ -27,8 +28,6 @@ class MaskedLinear(Layer, nn.Linear):
     forward(x, residual?): x [..., in_features], residual [..., out_features] -> [..., out_features]. Raises
     ShapeError; the constructor ValueError and ShapeError.
     """
-
-    mask: Tensor
 
     def __init__(
         self,
@@ -50,11 +49,21 @@ class MaskedLinear(Layer, nn.Linear):
         super().__init__(in_features * cols, out_features * rows, bias=bias, device=device, dtype=dtype)
         self.gate: Gate = gate
         self.elu = elu
-        self.register_buffer("mask", mask.to(self.weight).repeat(rows, cols), persistent=False)
+        if mask.is_meta:
+            raise ValueError(
+                "MaskedLinear: mask is on the meta device, where it has no values; make it with device='cpu'"
+            )
+        self._mask = Constant(mask.repeat(rows, cols))
         self._finish()
 
     def _fastgen_choice(self, weight: Tensor) -> KernelChoice:
         return _PRODUCT if self.gate == "none" and not self.elu else super()._fastgen_choice(weight)
+
+    @property
+    def mask(self) -> Tensor:
+        """What the weight is multiplied by, on its device and of its dtype."""
+        assert self._mask is not None
+        return self._mask.like(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return run.linear(

@@ -88,13 +88,46 @@ def _rolled(t: Tensor | None, dim: int) -> Tensor | None:
     return None if t is None else t.roll(t.shape[dim] // 2, dim)
 
 
+Watched = list[tuple[tuple[str, ...], Any]]  # submodules by path, and what each was when it was fused
+
+
+def passed_by(module: nn.Module, graph: fx.Graph) -> Watched:
+    """The submodules that a graph does not call any more, as they are now."""
+    called = [str(n.target) for n in graph.nodes if n.op == "call_module"]
+    names = [n for n, _ in module.named_modules() if n and not any(n == c or n.startswith(f"{c}.") for c in called)]
+    return [((), tuple(module._parameters))] + [
+        (tuple(name.split(".")), _state(module.get_submodule(name))) for name in names
+    ]
+
+
+def _state(module: nn.Module) -> Any:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module), tuple(module._parameters), *map(tuple, hooks)
+
+
+def as_fused(root: nn.Module, watched: Watched) -> bool:
+    """Whether the modules that are passed by are what they were: none has been given a hook, a weight norm, a mask of
+    pruning, or taken away."""
+    if torch.compiler.is_compiling():  # which keeps to what it saw
+        return True
+    for path, was in watched:
+        module: nn.Module | None = root
+        for part in path:
+            module = None if module is None else module._modules.get(part)
+        if module is None or (_state(module) if path else tuple(module._parameters)) != was:
+            return False
+    return True
+
+
 def write_forward(module: nn.Module, graph: fx.Graph, call: Call) -> Any:
-    """A forward with the signature of the module's own: the graph for calls like `call`, the own one for others."""
+    """A forward with the signature of the module's own: the graph for calls like `call`, the own one for others, and where
+    a submodule was changed since (as_fused)."""
     code = graph.python_code("self")
     space: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {type(module).__name__}>", "exec"), space)
     shim: dict[str, Any] = {"_graph": space["forward"], "_own": type(module).forward, "_Tensor": Tensor}
-    head, passed, tests, star = ["self"], [], [], False
+    shim |= {"_as_fused": as_fused, "_watched": passed_by(module, graph)}
+    head, passed, tests, star = ["self"], [], ["_as_fused(self, _watched)"], False
     for name, p in list(inspect.signature(type(module).forward).parameters.items())[1:]:
         if p.kind is inspect.Parameter.KEYWORD_ONLY and not star:
             head.append("*")
@@ -112,7 +145,7 @@ def write_forward(module: nn.Module, graph: fx.Graph, call: Call) -> Any:
     given = ", ".join(p.split("=")[0] for p in passed)
     source = (
         f"def forward({', '.join(head)}):\n"
-        f"    if {' and '.join(tests) or 'True'}:\n"
+        f"    if {' and '.join(tests)}:\n"
         f"        return _graph(self, {given})\n"
         f"    return _own(self, {', '.join(passed)})\n"
     )
