@@ -14,6 +14,10 @@ from fastgen.errors import FastgenError, ShapeError
 from fastgen.spec import Spec, number_of
 
 MOST_THREADS = 1024
+CONDITIONS = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
 
 
 def whole_number(value: Any, name: str, what: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
@@ -96,6 +100,8 @@ def own_copy(c: Any, k: int) -> Any:
                 "compile binds (wrap the module in one whose forward takes the tensors one by one)"
             )
         return c
+    if c.dtype not in CONDITIONS:
+        raise TypeError(f"cond[{k}] is {c.dtype}; expected floating-point, integers of 8 to 64 bits, bool or complex")
     if c.layout != torch.strided:
         raise TypeError(f"cond[{k}] is {c.layout}; expected a dense tensor (cond[{k}].to_dense())")
     c = c.detach().cpu().clone(memory_format=torch.contiguous_format)

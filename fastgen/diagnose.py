@@ -88,7 +88,7 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
         if float((first[k : k + 1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
             raise UnsupportedError(
                 "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or "
-                "conditioning of the first sample used for all of them?)"
+                "conditioning of the first used for all of them? a batch that is not the first axis?)"
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import FastgenError
 from fastgen.native import native
-from fastgen.view import CONTAINERS, SIMPLE, content, of_the_person
+from fastgen.view import CONTAINERS, SIMPLE, content, of_the_person, slots_of
 
 # Of a module's own attributes, what has no say in what forward gives.
 ASIDE = frozenset(
@@ -31,6 +31,10 @@ def check_finite(model: nn.Module) -> None:
     """Raises FastgenError naming the first parameter or buffer that holds NaN or infinity."""
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, t in tensors:
+            if nn.parameter.is_lazy(t):
+                raise FastgenError(
+                    f"{kind} {name} has no size yet (a lazy module); run forward once before it is sampled"
+                )
             if not t.is_floating_point():
                 continue
             bad = ~t.detach().isfinite() if kind == "parameter" else t.detach().isnan()
@@ -140,8 +144,7 @@ def _plain_object(value: Any) -> bool:
 
 
 def _slots(value: Any) -> dict[str, Any]:
-    names = [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ()) if isinstance(n, str)]
-    return {n: getattr(value, n) for n in names if not n.startswith("__") and hasattr(value, n)}
+    return {n: getattr(value, n) for n in slots_of(value)}
 
 
 def _values(box: Any) -> dict[Any, Any]:

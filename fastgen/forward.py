@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,9 +86,31 @@ def refused(x: Tensor, cond: tuple[Any, ...], error: Exception) -> ShapeError:
 
 
 def first_tensor(out: Any) -> Tensor:
-    """Forward's parameters: its result, or the first of a tuple or list of results."""
-    while isinstance(out, tuple | list) and out:
-        out = out[0]
-    if not isinstance(out, Tensor):
-        raise UnsupportedError(f"forward returned {type(out).__name__}; expected a tensor of parameters")
+    """Forward's parameters: its result; of a tuple or list of results the first; of results with names `logits`, or the only
+    tensor among them."""
+    given = type(out).__name__
+    while not isinstance(out, Tensor):
+        named = _named(out)
+        if named is not None:
+            tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+            if "logits" not in tensors and len(tensors) != 1:
+                names = ", ".join(map(str, tensors)) or "none"
+                raise UnsupportedError(
+                    f"forward returned {given} with the tensors {names}; expected a tensor of parameters, or one of them called "
+                    "'logits' (wrap the module in one whose forward returns it)"
+                )
+            out = tensors.get("logits", next(iter(tensors.values())))
+            continue
+        out = next((v for v in out if v is not None), None) if isinstance(out, tuple | list) else None
+        if out is None:
+            raise UnsupportedError(f"forward returned {given}; expected a tensor of parameters")
     return out
+
+
+def _named(out: Any) -> dict[Any, Any] | None:
+    """The results of a mapping, a named tuple or a dataclass."""
+    if isinstance(out, Mapping):
+        return dict(out)
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        return {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+    return out._asdict() if hasattr(out, "_asdict") else None

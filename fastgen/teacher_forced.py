@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.errors import UnsupportedError
 from fastgen.forward import device_of, first_tensor, plain
 from fastgen.spec import Spec
 from fastgen.view import neutral
@@ -23,6 +24,8 @@ def teacher_forced(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any
     with neutral():
         x, *inputs = (_at(device, plain(t), dtype) for t in (spec.encode(plain(values)), *cond))
         out = spec.parameters(first_tensor(model(x, *inputs))).cpu()
+    if len(out) != len(values):
+        raise UnsupportedError(f"forward returned parameters of {len(out)} samples for {len(values)}")
     steps = out.permute(0, 3, 1, 2, 4).reshape(out.shape[0], spec.steps, out.shape[-1])
     return steps[:, torch.argsort(spec.timeline.table.reshape(-1))]
 

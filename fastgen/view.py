@@ -63,7 +63,11 @@ def copied(view: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 memo[id(value)] = value.detach().cpu().clone() if elsewhere else value.detach().clone()
-    return copy.deepcopy(view, memo)
+    made: nn.Module = copy.deepcopy(view, memo)
+    for old, new in zip(view.modules(), made.modules(), strict=True):
+        for name in slots_of(old):  # which a module's own way of copying leaves out
+            object.__setattr__(new, name, copy.deepcopy(getattr(old, name), memo))
+    return made
 
 
 class _Copier:
@@ -132,17 +136,22 @@ class _Copier:
             else:
                 value = self(value)
             shell.__dict__[name] = value
+        for name in slots_of(module):
+            object.__setattr__(shell, name, self(getattr(module, name)))
         shell.__dict__["training"] = False
         return shell
 
     def _container(self, value: Any) -> Any:
         """Containers are always copied, as forward may append to them; those of a strange kind only if they must be."""
-        inside: Any = {k: self(v) for k, v in value.items()} if isinstance(value, dict) else [self(v) for v in value]
+        inside: Any = (
+            {self._key(k): self(v) for k, v in value.items()} if isinstance(value, dict) else [self(v) for v in value]
+        )
         if type(value) in CONTAINERS:
             return type(value)(inside)
         try:
             made = copy.copy(value)
             if isinstance(value, dict):
+                made.clear()
                 made.update(inside)
             elif isinstance(value, list):
                 made[:] = inside
@@ -151,6 +160,10 @@ class _Copier:
             return made
         except Exception:  # of a class of its own, that cannot be copied this way
             return value
+
+    def _key(self, key: Any) -> Any:
+        """A key: a module is led to its shell."""
+        return self(key) if isinstance(key, nn.Module) else key
 
     def _function(self, function: types.FunctionType) -> Any:
         """A function over the copies of what its closure and its defaults hold (a forward put in place of another)."""
@@ -180,6 +193,17 @@ class _Copier:
         except Exception:  # made in another way
             return value
         return made
+
+
+def slots_of(value: Any) -> list[str]:
+    """Names of the attributes that an object keeps in slots."""
+    names = [n for c in type(value).__mro__ for n in _names(c) if not n.startswith("__")]
+    return [n for n in names if hasattr(value, n)]
+
+
+def _names(kind: type) -> list[str]:
+    slots = vars(kind).get("__slots__", ())
+    return [slots] if isinstance(slots, str) else [n for n in slots if isinstance(n, str)]
 
 
 def of_the_person(value: Any) -> bool:

@@ -19,7 +19,7 @@ from fastgen.capture.python_calls import PythonCalls
 from fastgen.capture.ranges import Range
 from fastgen.capture.reads import check_reads
 from fastgen.capture.tracer import Tracer
-from fastgen.errors import UnsupportedError
+from fastgen.errors import FastgenError, UnsupportedError
 from fastgen.forward import ModulePath, first_tensor, plain, try_forward
 from fastgen.graph.maps import MapNode
 from fastgen.graph.node import OUTPUT, Graph
@@ -61,9 +61,17 @@ def capture(
         with Dispatcher(tracer, watch), PythonCalls(tracer):
             try:
                 out = model(x, *cond)
+            except FastgenError:
+                raise
             except NotImplementedError as error:  # of torch: what cannot run under a mode
                 reason = str(error).strip().splitlines()[0]
                 raise UnsupportedError(f"layer {path.current}: torch cannot show what runs there: {reason}") from error
+            except Exception as error:  # forward itself has just run
+                reason = (str(error).strip() or "no reason given").splitlines()[0]
+                raise UnsupportedError(
+                    f"layer {path.current}: forward runs, but not while it is watched, after aten.{tracer.call[1]}: "
+                    f"{type(error).__name__}: {reason}"
+                ) from error
         if any(tracer.reads):
             other = copied(model)  # what follows an error is not to be done to the module
             tracer.notes += check_reads(tracer.reads, lambda: other(plain(x), *map(plain, cond)))
@@ -77,6 +85,8 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
     e = elements(tr, out.detach()).arranged(lambda t: parameters_of(t.contiguous()))
     e = Elements(out, e.ids, e.values, e.where)
     ids = e.ids
+    if len(ids) != 1:
+        raise UnsupportedError(f"forward returned parameters of {len(ids)} samples for one")
     if not bool((ids >= 0).any()) and ids.shape[1] * ids.shape[2] * ids.shape[3] > 1:
         raise UnsupportedError(
             "forward's output does not depend on the sampled tensor as far as torch can see "

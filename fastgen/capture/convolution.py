@@ -232,6 +232,11 @@ def conv_of_conditioning(tr: Tracer, name: str, out: Tensor, args: Any) -> Ids |
     return convolution(tr, None, out, args, {})
 
 
+def with_flags(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
+    """aten._convolution, as traced modules call it: the same with flags of the library that computes it."""
+    return convolution(tr, func, out, args[:9], {})
+
+
 CONVOLUTIONS: dict[str, Callable[..., Ids]] = {
-    "convolution": convolution, "avg_pool1d": avg_pool, "avg_pool2d": avg_pool,
+    "convolution": convolution, "_convolution": with_flags, "avg_pool1d": avg_pool, "avg_pool2d": avg_pool,
 }  # fmt: skip

@@ -127,7 +127,7 @@ class Dispatcher(TorchDispatchMode):
             not results
             and out is not None
             and (dynamic or conditional)
-            and not name.startswith(("sym_", "is_", "size"))
+            and not name.startswith(("sym_", "is_", "size", "_has_", "_is_"))
         ):
             refuse(tr, next(t for t in tensors if tr.dynamic(t) or tr.conditional(t)), f"aten.{name}")
         if not results or name in FRESH_OPS:
@@ -182,7 +182,9 @@ class Dispatcher(TorchDispatchMode):
 
     def _random(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        reason = f"aten.{name} is random, so that forward gives other parameters every time"
+        reason = (
+            f"aten.{name} is random, so that forward gives other parameters every time (keep fixed numbers in a buffer)"
+        )
         for t in [*tree_leaves(out), *written_by(func, args, kwargs)]:
             if isinstance(t, Tensor):
                 self.tracer.put(t, self.tracer.opaque(t, name, reason))
@@ -222,6 +224,9 @@ class Dispatcher(TorchDispatchMode):
                     tr.put(t, tr.opaque(t, name, reason))
             return result
         target = written[0]
+        if "out" in kwargs:  # which is made as large as it must be
+            functional = torch.empty(0, dtype=target.dtype)
+            target.resize_(func(*args, **{**kwargs, "out": functional}).shape)
         if base == "zero" or (base == "fill" and not isinstance(args[1], Tensor)):
             ids: Ids = torch.full(target.shape, CONST)
         elif dynamic and base in ("copy", "fill"):

@@ -21,7 +21,7 @@ COMPOSITE: dict[str, str] = {
 # Numbers that go where no operation of torch is seen.
 EXPORTS = frozenset(
     ["numpy", "tolist", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr", "__reduce_ex__",
-     "__cuda_array_interface__"]
+     "__cuda_array_interface__", "apply_", "map_", "map2_"]
 )  # fmt: skip
 MADE = frozenset(["tensor", "as_tensor", "asarray", "new_tensor"])  # of lists: torch reads what is in them, unseen
 SPECIAL = frozenset(COMPOSITE) | EXPORTS | MADE | SHOWN | {"__deepcopy__", "one_hot", "__bool__"}

@@ -32,6 +32,12 @@ class Shadow:
         self.closed: ClosedForm | None = None
         self.ids: Tensor | None = None
 
+    def grow(self, size: int) -> None:
+        """After resize_: what is new holds nothing yet."""
+        if size > self.size:
+            self.ids = torch.cat([self.dense(), torch.full((size - self.size,), CONST)])
+            self.size, self.closed = size, None
+
     def dense(self) -> Tensor:
         """One id per element of the storage."""
         if self.ids is None:
@@ -62,19 +68,29 @@ class ShadowMemory:
 
     def __init__(self) -> None:
         self._shadow: dict[int, Shadow] = {}
+        self._places: dict[int, Shadow] = {}  # by address: memory that came back as another storage (DLPack)
 
     def _entry(self, t: Tensor) -> Shadow | None:
         if t.layout != torch.strided:
             return None
-        found = self._shadow.get(t.untyped_storage()._cdata)
-        return None if found is None or found.ref.expired() else found
+        storage = t.untyped_storage()
+        found = self._shadow.get(storage._cdata)
+        if found is None:
+            found = self._places.get(storage.data_ptr())
+            if found is not None and found.size < storage.nbytes() // t.element_size():
+                found = None
+        if found is None or found.ref.expired():
+            return None
+        found.grow(storage.nbytes() // t.element_size() if t.dtype == found.dtype else 0)
+        return found
 
     def _make(self, t: Tensor) -> Shadow:
         storage = t.untyped_storage()
         if len(self._shadow) % 64 == 63:  # storages that died take their shadows along
             self._shadow = {k: v for k, v in self._shadow.items() if not v.ref.expired()}
+            self._places = {k: v for k, v in self._places.items() if not v.ref.expired()}
         entry = Shadow(StorageWeakRef(storage), max(1, storage.nbytes() // t.element_size()), t.dtype)
-        self._shadow[storage._cdata] = entry
+        self._shadow[storage._cdata] = self._places[storage.data_ptr()] = entry
         return entry
 
     def no_rule(self, t: Tensor, ids: Tensor) -> int:

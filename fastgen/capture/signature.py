@@ -42,7 +42,7 @@ FOLLOWED: dict[str, tuple[str, ...]] = {
 # call on positions, so that it follows every argument.
 NO_MATTER = frozenset(
     ["memory_format", "layout", "device", "pin_memory", "non_blocking", "copy", "padding_idx", "scale_grad_by_freq",
-     "sparse", "sparse_grad", "generator", "implicit", "out"]
+     "sparse", "sparse_grad", "generator", "implicit", "out", "benchmark", "deterministic", "cudnn_enabled", "allow_tf32"]
 )  # fmt: skip
 # Arguments without a default that are no tensors.
 REQUIRED = frozenset(
@@ -65,8 +65,8 @@ CONDITIONAL: dict[str, Iterable[int]] = {
     **dict.fromkeys(LINEAR, ANY), **dict.fromkeys(POINTWISE, ANY),
     **dict.fromkeys(["glu", "log_sigmoid_forward", "copy", "fill", "rrelu_with_noise", "amax", "amin", "var", "avg_pool1d",
                      "avg_pool2d"], (0,)),
-    **dict.fromkeys(["convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"],
-                    (0, 1, 2)),
+    **dict.fromkeys(["convolution", "_convolution", "native_batch_norm", "_native_batch_norm_legit_no_training",
+                     "cudnn_batch_norm"], (0, 1, 2)),
     **dict.fromkeys(["index", "embedding"], (0, 1)), **dict.fromkeys(["gather", "index_select"], (0, 2)),
     "native_layer_norm": (0, 2, 3),
 }  # fmt: skip
