@@ -1,0 +1,187 @@
+"""Sequences with something of their own at the beginning, in their length, or in the order of their axes."""
+
+# As users write: modules are not annotated in full.
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastgen
+from fastgen import UnsupportedError
+from fastgen.errors import FastgenError
+from fastgen.heads import Categorical, GaussianMixture
+
+N, WIDTH = 7, 8
+HEAD = Categorical(N, encode="index", params="B(n*C)*")
+
+
+class Tokens(nn.Module):
+    """Tokens, causal convolutions over their embeddings [B, C, T], logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.label = nn.Embedding(N, WIDTH), nn.Embedding(5, WIDTH)
+        self.a, self.b = nn.Conv1d(WIDTH, WIDTH, 2), nn.Conv1d(WIDTH, WIDTH, 2, dilation=2)
+        self.line, self.out = nn.Linear(WIDTH, WIDTH), nn.Conv1d(WIDTH, N, 1)
+
+    def hidden(self, h: Tensor) -> Tensor:
+        h = torch.tanh(self.a(F.pad(h, (1, 0))))
+        return h + torch.tanh(self.b(F.pad(h, (2, 0))))
+
+
+class Front(Tokens):
+    """A class token in front of the tokens."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        h = torch.cat([self.label(label)[:, None], self.embed(x)], 1)[:, :-1]
+        return self.out(self.hidden(h.transpose(1, 2)))
+
+
+class FrontLinear(Tokens):
+    """The same, and a layer over it before it is turned round."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        h = self.line(torch.cat([self.label(label)[:, None], self.embed(x)], 1)[:, :-1])
+        return self.out(self.hidden(h.transpose(1, 2)))
+
+
+class FrontIndex(Tokens):
+    """The label as a token among tokens."""
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.out(self.hidden(self.embed(torch.cat([label[:, None], x], 1)[:, :-1]).transpose(1, 2)))
+
+
+class Prompt(Tokens):
+    """Five tokens of a prompt in front."""
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        h = torch.cat([self.label(prompt), self.embed(x)], 1).transpose(1, 2)
+        return self.out(self.hidden(h * 1.0))[..., prompt.shape[1] - 1 : -1]
+
+
+class Overwritten(Tokens):
+    """The first sites are the conditioning's, written over what is there."""
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        h = F.pad(self.embed(x).transpose(1, 2), (1, -1))
+        h[..., : prompt.shape[1]] = self.label(prompt).transpose(1, 2)
+        return self.out(self.hidden(h))
+
+
+class History(nn.Module):
+    """A forecast: what was before is conditioning, and both are one sequence to the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv1d(1, WIDTH, 3), nn.Conv1d(WIDTH, 2, 3)
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        both = torch.cat([history, x], 2)
+        h = torch.tanh(self.a(F.pad(both, (3, -1))))
+        return 0.5 * self.b(F.pad(h, (2, 0)))[..., history.shape[2] :]
+
+
+BEGINNINGS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "class token": (Front, ()), "a linear layer over it": (FrontLinear, ()), "a label among tokens": (FrontIndex, ()),
+    "a prompt": (Prompt, (5,)), "sites written over": (Overwritten, (5,)), "a history": (History, (1, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [20, 72])
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_conditioning_at_the_beginning(name: str, length: int) -> None:
+    kind, shape = BEGINNINGS[name]
+    g = torch.Generator().manual_seed(1)
+
+    def cond(n: int) -> tuple[Tensor, ...]:
+        if kind is History:
+            return (torch.randn(n, *shape, generator=g),)
+        return (torch.randint(0, 5, (n, *shape), generator=g),)
+
+    head = GaussianMixture(1, params="B(n*C)*", value_range=(-1, 1)) if kind is History else HEAD
+    size = (1, length) if kind is History else (length,)
+    model, given = kind().eval(), cond(4)
+    options: Any = dict(cond=cond(1), threads=1)
+    sampler = fastgen.compile(model, size, head, verify=False, **options)
+    assert sampler.verify().ok
+    naive = fastgen.compile(model, size, head, backend="naive", **options)
+    ours, slow = sampler.sample(4, cond=given), naive.sample(4, cond=given)
+    torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-4)
+    assert len(ours.unique(dim=0)) == 4
+
+
+# ---- no period ---------------------------------------------------------------------------------------------------
+class PaddedOnce(nn.Module):
+    """The receptive field is padded once in front; layers that follow are of other lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Conv1d(N, 8, 2), nn.Conv1d(8, 8, 2, dilation=2), nn.Conv1d(8, N, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(F.pad(x, (3, 0))))
+        return self.out(torch.tanh(self.b(h)) + h[..., 2:])
+
+
+@pytest.mark.parametrize("length", [40, 64, 130])
+def test_padded_once_in_front(length: int) -> None:
+    head = Categorical(N, encode="onehot", params="B(n*C)*")
+    model = PaddedOnce().eval()
+    sampler = fastgen.compile(model, (N, length), head, predicts="next", threads=1)
+    naive = fastgen.compile(model, (N, length), head, predicts="next", backend="naive")
+    assert torch.equal(sampler.sample(2), naive.sample(2))
+    with pytest.raises(UnsupportedError, match=f"the plan holds for {length} sites only"):
+        sampler.sample(1, length=length + 10)
+
+
+# ---- refused, and why --------------------------------------------------------------------------------------------
+class TimeMajor(Tokens):
+    """Takes and gives [T, B]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(F.pad(self.embed(x).permute(1, 2, 0), (1, -1)))).permute(2, 0, 1)
+
+
+class Packed(Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(F.pad(x, (1, -1)))
+        packed = nn.utils.rnn.pack_padded_sequence(h, torch.full((len(x),), x.shape[1]), batch_first=True)
+        h, _ = nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)
+        return self.out(h.transpose(1, 2))
+
+
+class Recurrent(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(self.embed(F.pad(x, (1, -1))))[0].transpose(1, 2))
+
+
+REFUSED: dict[str, tuple[type[nn.Module], str]] = {
+    "packed sequences": (Packed, "_pack_padded_sequence"), "a recurrence": (Recurrent, "gru is a recurrence, which is not planned yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_reasons(name: str) -> None:
+    kind, reason = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=reason):
+        fastgen.compile(kind().eval(), (24,), HEAD, threads=1)
+
+
+def test_time_first() -> None:
+    """Not a sequence [B, T]: a batch of one happens to look like one."""
+    with pytest.raises(FastgenError, match="does not depend on the sampled tensor"):
+        fastgen.compile(TimeMajor().eval(), (24,), Categorical(N, encode="index", params="B*n"), threads=1)
