@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastgen.backends.marks import Marks
 from fastgen.backends.request import Request
 from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS, written_by
-from fastgen.capture.ranges import Ranges, of_values
+from fastgen.capture.ranges import Ranges
 from fastgen.capture.reads import READS
 from fastgen.capture.signature import COMPUTES, numbers_of
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, first_tensor, plain, refused
+from fastgen.graph.bounds import of_values
 from fastgen.graph.node import OUTPUT, Call, Graph
 from fastgen.graph.sources import CondNode
 from fastgen.kept import Kept

@@ -16,11 +16,11 @@ from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, node_ids, sites
 from fastgen.capture.operands import Elements, elements, pieces
 from fastgen.capture.python_calls import PythonCalls
-from fastgen.capture.ranges import Range
 from fastgen.capture.reads import check_reads
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import FastgenError, UnsupportedError
 from fastgen.forward import ModulePath, first_tensor, plain, try_forward
+from fastgen.graph.bounds import Range
 from fastgen.graph.maps import MapNode
 from fastgen.graph.node import OUTPUT, Graph
 from fastgen.graph.refs import Pair

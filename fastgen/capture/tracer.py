@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastgen.capture.closed_form import ClosedForm
 from fastgen.capture.ids import COND, CONST, MAX_CHANNELS, MAX_COLS, MAX_NODES, MAX_ROWS, pack
-from fastgen.capture.ranges import Range, Ranges, check_index, of_values, union
+from fastgen.capture.ranges import Ranges, check_index
 from fastgen.capture.shadow import Ids, ShadowMemory
 from fastgen.errors import UnsupportedError
 from fastgen.forward import ModulePath
+from fastgen.graph.bounds import Range, of_values, union
 from fastgen.graph.node import Call, Limit, Node, Point
 from fastgen.graph.refs import Operand, Pair
 from fastgen.graph.sources import CondNode, OpaqueNode

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastgen.graph.bounds import Range, of_values
 from fastgen.graph.maps import OperandNode
 from fastgen.graph.node import Coder
 
@@ -25,6 +26,9 @@ class EmbedNode(OperandNode):
     def value(self, values: Sequence[Tensor]) -> Tensor:
         index = self.whole(0, values)[0].nan_to_num(0).long().clamp(0, self.table.shape[0] - 1)
         return self.table.double()[index].movedim(-1, 0)
+
+    def bounds(self, known: Mapping[int, Range]) -> Range:
+        return of_values(self.table)
 
     def emit(self, coder: Coder) -> int:
         source = coder.whole(self.operands[0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fastgen.graph.bounds import Range, of_values, range_of_map, union
 from fastgen.graph.functions import REDUCE, pointwise
 from fastgen.graph.node import Coder, Node
 from fastgen.graph.refs import Cause, Operand, Piece, Places, Read, Ref, restrict
@@ -27,6 +28,14 @@ class OperandNode(Node):
     def whole(self, operand: int, values: Sequence[Tensor]) -> Tensor:
         """All lanes of an operand at the node's sites, float64 [lanes, H, W]."""
         return torch.cat([p.value(values, self.grid) for p in self.operands[operand]])
+
+    def bounds_of(self, operand: int, known: Mapping[int, Range]) -> Range:
+        """Of all lanes of an operand, and of what stands outside of them."""
+        parts: list[Range] = []
+        for p in self.operands[operand]:
+            parts += [of_values(p.const)] if p.const is not None else []
+            parts += [known[p.ref.node], (p.fill, p.fill)] if p.ref is not None else []
+        return union(parts)
 
     def ready(self, done: list[Ready], known: Tensor) -> Ready:
         """All channels when all lanes are."""
@@ -146,6 +155,9 @@ class MapNode(OperandNode):
     def value(self, values: Sequence[Tensor]) -> Tensor:
         return pointwise(self.fn, [self.whole(k, values) for k in range(len(self.operands))], self.imm).double()
 
+    def bounds(self, known: Mapping[int, Range]) -> Range:
+        return range_of_map(self.fn, [self.bounds_of(k, known) for k in range(len(self.operands))], self.imm)
+
     def emit(self, coder: Coder) -> int:
         cuts = sorted({c for pieces in self.operands for p in pieces for c in (p.lo, p.hi)})
         if self.fn == "copy" and len(cuts) == 2:  # the value itself, under another name
@@ -228,6 +240,12 @@ class ReduceNode(OperandNode):
     def value(self, values: Sequence[Tensor]) -> Tensor:
         lanes = self.whole(0, values).view(self.channels, self._width, *self.grid)
         return REDUCE[self.fn](lanes.movedim(1, -1))
+
+    def bounds(self, known: Mapping[int, Range]) -> Range:
+        found = self.bounds_of(0, known)
+        if found is None or self.fn != "sum":
+            return found
+        return self._width * found[0], self._width * found[1]
 
     def emit(self, coder: Coder) -> int:
         source = coder.whole(self.operands[0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from fastgen.graph.bounds import Range
 from fastgen.graph.refs import Cause, Operand, Pair, Piece, Places, Read
 from fastgen.graph.times import Ready
 
@@ -89,6 +90,10 @@ class Node(ABC):
     @abstractmethod
     def value(self, values: Sequence[Tensor]) -> Tensor:
         """What it computes, float64 [C, H, W]; values: of the nodes before."""
+
+    def bounds(self, known: Mapping[int, Range]) -> Range:
+        """Between which two numbers its values lie; known: the same of the nodes before."""
+        return None
 
     @abstractmethod
     def restrict(self, chans: list[int], places: Places) -> Node:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastgen.graph.bounds import Range, of_values, union
 from fastgen.graph.node import Coder, Node
-from fastgen.graph.refs import Cause, Places, Read, Ref, Term
+from fastgen.graph.refs import Cause, Pair, Places, Read, Ref, Term
 from fastgen.graph.times import NEVER, Ready, look
 
 
@@ -51,6 +52,23 @@ class TapsNode(Node):
             seen = term.ref.read(values[term.ref.node], (part.shape[1], part.shape[2]))
             part += torch.einsum("ok,kij->oij", term.weight.double(), seen)
         return out
+
+    def bounds(self, known: Mapping[int, Range]) -> Range:
+        """Sums, parity by parity, of weights times what they meet, which is zero outside of a layer."""
+        bias = (0.0, 0.0) if self.bias is None else of_values(self.bias)
+        sums: dict[Pair, tuple[Tensor, Tensor]] = {}
+        for term in self.taps:
+            found = union([known[term.ref.node], (0.0, 0.0)])
+            if found is None or bias is None:
+                return None
+            w = term.weight.double()
+            up, down = w.clamp(min=0).sum(1), w.clamp(max=0).sum(1)
+            low, high = sums.get(term.parity, (0.0, 0.0))
+            sums[term.parity] = (low + up * found[0] + down * found[1], high + up * found[1] + down * found[0])
+        if not sums or bias is None:
+            return bias
+        low, high = (min(float(a.min()) for a, _ in sums.values()), max(float(b.max()) for _, b in sums.values()))
+        return low + bias[0], high + bias[1]
 
     def restrict(self, chans: list[int], places: Places) -> Node:
         whole = len(chans) == self.channels
