@@ -151,15 +151,32 @@ class Net(nn.Module):
                 "where": lambda: torch.where(v > 0, h, h * 0.5), "fill": lambda: _filled(h, v),
                 "full": lambda: h + torch.zeros_like(h) + v, "lerp": lambda: torch.lerp(h, h * v, 0.5),
             }[style]()  # fmt: skip
-        e = self.labels(c).view(-1, h.shape[1], *sites)
+        e, m, b = self.labels(c).view(-1, h.shape[1], *sites), self.many[c], len(h)
+        both = torch.cat([h, e.expand_as(h)], 1)
+        stacked = torch.stack([h, h * 2, h * 3, h * 4], 1)
         return {
             "label": lambda: h + e, "one-hot": lambda: h + F.one_hot(c, h.shape[1]).view(-1, h.shape[1], *sites),
-            "scaled": lambda: h * e, "int": lambda: h * (1 + int(c[0])), "expert": lambda: h + self.many[c[0]].sum(0).view(1, -1, *sites),
-            "matrix": lambda: torch.einsum("boi,bi...->bo...", self.many[c], h), "channel": lambda: h + h[:, c[:1]],
-            "bias": lambda: F.conv1d(h.flatten(2), self.many[0][..., None], self.labels(c)[0]).view_as(h),
-            "roll": lambda: h.roll(int(c[0]), 1), "chosen": lambda: h + torch.stack([h, h * 2, h * 3, h * 4], 1)[torch.arange(len(h)), c],
-            "check": lambda: _checked(h + e, c), "maximum": lambda: torch.maximum(h, e),
+            "scaled": lambda: h * e, "int": lambda: h * (1 + int(c[0])), "expert": lambda: h + m.sum(1).view(-1, h.shape[1], *sites),
+            "matrix": lambda: torch.einsum("boi,bi...->bo...", m, h), "first": lambda: h + h[:, c[:1]],
+            "channel": lambda: h + h.gather(1, c.view(-1, 1, *sites).expand(-1, 1, *h.shape[2:])),
+            "bias": lambda: torch.cat([F.conv1d(h[k : k + 1].flatten(2), self.many[0][..., None], e[k].flatten()).view_as(h[:1]) for k in range(b)]),
+            "kernel": lambda: F.conv1d(h.reshape(1, -1, h[0, 0].numel()), m.flatten(0, 1)[..., None], e.flatten(), groups=b).view_as(h),
+            "masked": lambda: torch.bmm(m * torch.eye(m.shape[1]).tril(), h.flatten(2)).view_as(h) + h,
+            "roll": lambda: h.roll(int(c[0]), 1), "chosen": lambda: h + stacked[torch.arange(b), c],
+            "taken": lambda: torch.take_along_dim(stacked, c.view(-1, 1, 1, *sites), 1)[:, 0],
+            "sums": lambda: torch.einsum("bk...,bk->b...", stacked, F.one_hot(c, 4).float()),
+            "check": lambda: _checked(h + e, c), "maximum": lambda: torch.maximum(h, e), "largest": lambda: h + both.amax(1, keepdim=True),
+            "mean of both": lambda: h * both.mean(1, keepdim=True), "glu of both": lambda: F.glu(both, 1),
+            "linear of both": lambda: F.linear(both.movedim(1, -1), torch.cat([self.many[0], self.many[1]], 1)).movedim(-1, 1),
+            "norm of both": lambda: F.layer_norm(both.movedim(1, -1), (2 * h.shape[1],)).movedim(-1, 1)[:, : h.shape[1]],
+            "front": lambda: torch.cat([e.expand(*h.shape[:-1], 1), h[..., :-1]], -1), "written": lambda: _written(h, e),
         }[style]()  # fmt: skip
+
+
+def _written(h: Tensor, e: Tensor) -> Tensor:
+    h = h.clone()
+    h[..., :2] = e
+    return h
 
 
 def _filled(h: Tensor, v: Tensor) -> Tensor:
@@ -176,7 +193,9 @@ def _checked(h: Tensor, c: Tensor) -> Tensor:
 
 FLOAT_STYLES = ("add", "film", "gate", "branch", "item", "where", "fill", "full", "lerp")
 LABEL_STYLES = (
-    "label", "one-hot", "scaled", "int", "expert", "matrix", "channel", "bias", "roll", "chosen", "check", "maximum",
+    "label", "one-hot", "scaled", "int", "expert", "matrix", "channel", "bias", "roll", "chosen", "check", "maximum", "first",
+    "kernel", "masked", "taken", "sums", "largest", "mean of both", "glu of both", "linear of both", "norm of both", "front",
+    "written",
 )  # fmt: skip
 LEAKS: dict[str, Function] = {
     "mean of sites": lambda h: h + h.flatten(2).mean(-1).view(*h.shape[:2], *[1] * (h.dim() - 2)),
