@@ -77,15 +77,31 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
     if bool(first.isnan().any()):
         where = f"layer {culprit[0]}" if culprit and culprit[0] else "its own code"
         raise UnsupportedError(f"forward gives NaN, from {where} on")
-    again = forward_parameters(model, spec, values, cond)
-    if not torch.equal(first, again):
+    _check_repeats(model, spec, cond, first)
+    check_apart(model, spec, cond, first)
+
+
+def _check_repeats(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Tensor) -> None:
+    """Raises UnsupportedError where forward gives other parameters the next time."""
+    if not torch.equal(params, forward_parameters(model, spec, spec.example_values(len(params)), cond)):
         raise UnsupportedError(
             "forward gives different results on the same input: it is random even in eval mode (dropout?)"
         )
-    for k in range(request.slots):
+
+
+def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Tensor | None = None) -> None:
+    """Raises UnsupportedError where forward does not treat the samples of a batch apart, each with conditioning of its own.
+
+    cond: of as many samples as there are to be. params: what forward gives for the example values of so many.
+    """
+    n = next((len(c) for c in cond if batched(c)), 2)
+    values = spec.example_values(n)
+    params = forward_parameters(model, spec, values, cond) if params is None else params
+    for k in range(n):
         one = tuple(c[k : k + 1] if batched(c) else c for c in cond)
         alone = forward_parameters(model, spec, values[k : k + 1], one)
-        if float((first[k : k + 1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
+        if float((params[k : k + 1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
+            _check_repeats(model, spec, cond, params)
             raise UnsupportedError(
                 "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or "
                 "conditioning of the first used for all of them? a batch that is not the first axis?)"

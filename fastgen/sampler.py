@@ -15,10 +15,10 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import check_drawn, conditioning_of, known_values, scored_values, temperature_of, whole_number
-from fastgen.diagnose import check_drift, check_forward, first_difference
-from fastgen.errors import FastgenError, ModelChangedError, UnsupportedError
+from fastgen.diagnose import check_apart, check_drift, check_forward, first_difference
+from fastgen.errors import FastgenError, ModelChangedError
 from fastgen.fingerprint import Fingerprint, check_finite
-from fastgen.lengths import lengths_of, odd_site
+from fastgen.lengths import Looked, lengths_of
 from fastgen.likelihood import bits_per_dim, log_prob
 from fastgen.placement import in_float32, on_cpu
 from fastgen.plan.build import build_plan
@@ -28,10 +28,11 @@ from fastgen.progress import Bar, Callback
 from fastgen.rng import seed_of
 from fastgen.spec import Spec
 from fastgen.stream import stream
-from fastgen.variations import batched, variations
+from fastgen.variations import batched, several, variations
 from fastgen.verify import VerifyReport, verify
 from fastgen.view import neutral, private_view, unwrapped
 
+APART = 4  # samples of different conditioning that forward must treat apart
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
 
 
@@ -71,9 +72,11 @@ class Sampler:
         model = self.on_cpu = on_cpu(self.view)
         before = Fingerprint(model)
         self._plan(whole=False)
-        if self.any_length:
+        if self.plan.schedule.sequence:
             kind = lengths_of(model, self.spec, self.example, self.plan.receptive_field[-1], self.plan.spec.sites[0])
-            if kind == "one" or (kind == "ends" and not self._proved_along()):
+            self._looked.free = kind != "refused"
+            alone = kind == "refused" and not any(isinstance(c, Tensor) for c in self.example)
+            if kind == "one" or alone or (kind == "ends" and not self._proved_along()):
                 self._plan(whole=True)
         # What forward itself writes (counters, caches) is not the person's to change; weights that it masks are.
         self._aside = {place for place, _ in before.changed() if not place[0].endswith("_parameters")}
@@ -94,7 +97,7 @@ class Sampler:
         self.executor: Executor = EXECUTORS[self.backend].make(setting)
         if self.executor.describe():
             self.plan.notes[self.executor.name] = self.executor.describe()
-        self._longest = self.spec.sites[0]  # that forward was seen to be the same at
+        self._looked = Looked(model, self.plan, self.spec.sites[0], free=False)
 
     def _proved_along(self) -> bool:
         """Whether stepping is right at the sequence's own length and at a crooked one (or at their first sites)."""
@@ -120,7 +123,7 @@ class Sampler:
     @property
     def any_length(self) -> bool:
         """A sequence whose length no conditioning decides."""
-        return self.plan.schedule.sequence and not any(isinstance(c, Tensor) for c in self.example)
+        return self.plan.schedule.sequence and self._looked.free
 
     @property
     def receptive_field(self) -> tuple[int, ...]:
@@ -152,6 +155,7 @@ class Sampler:
         """
         self._check_weights()
         request = self._request(n, seed, cond, temperature, given, mask, first, length)
+        self._look_at(request)
         spec, executor = self._spec_at(length), self.executor  # which another thread may replace (refresh)
         slots = executor.slots(request.length)
         nothing = torch.zeros(0, spec.grid[0] * spec.grid[1], spec.channels, dtype=torch.float32)
@@ -177,6 +181,7 @@ class Sampler:
             raise TypeError(f"stream: unknown option {sorted(unknown)[0]!r}; expected {', '.join(defaults)}")
         self._check_weights()
         request = self._request(n, **{**defaults, **options})
+        self._look_at(request)
         return stream(self.executor, self._spec_at(length), request) if request.slots else iter(())
 
     @neutral()
@@ -202,6 +207,9 @@ class Sampler:
         """
         n = whole_number(n, "n", "a number of samples", least=1)
         self._check_weights()
+        if any(map(batched, self.example)):
+            cond, at = tuple(c[:1] if batched(c) else c for c in self.example), self._spec_at(self._proof_length())
+            check_apart(self.on_cpu, at, several(self.on_cpu, at, cond, APART))
         return self._verify(n, seed, self._proof_length() if length is None else length, temperature)
 
     @neutral()
@@ -264,16 +272,15 @@ class Sampler:
             return self.spec
         if not self.spec.sequence:
             raise ValueError(f"length={length!r}: only sequences have a length; samples are {self.spec.shape}")
-        spec = self.spec.at_length(whole_number(length, "length", "a number of sites", least=1))
-        if spec.sites[0] > self._longest and self.any_length:
-            odd = odd_site(self.on_cpu, spec, self.example, self.plan.receptive_field[-1], self.plan.spec.sites[0])
-            if odd is not None:
-                raise UnsupportedError(
-                    f"length {length}: forward does something else from site {odd} on than before (positions, or a constant "
-                    f"along the sequence), and the plan was made at {self.plan.spec.sites[0]} sites; compile with that length"
-                )
-            self._longest = spec.sites[0]
-        return spec
+        return self.spec.at_length(whole_number(length, "length", "a number of sites", least=1))
+
+    def _look_at(self, request: Request) -> None:
+        """Raises UnsupportedError where forward does something else at the request's length than the plan."""
+        if request.length is not None and request.slots:
+            one = request.rows(0, 1)
+            one = replace(one, want_params=True, given=None, mask=None)
+            spec, run = self.spec.at_length(request.length), self.executor
+            self._looked.check(spec, one.cond, lambda: verify(self.on_cpu, spec, run, one, threads=self._threads))
 
     def _values(self, x: Tensor) -> tuple[Spec, Tensor]:
         long = self.spec.sequence and isinstance(x, Tensor)

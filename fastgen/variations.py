@@ -28,6 +28,14 @@ def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
     return replace(request, cond=cond, given=given, mask=mask)
 
 
+def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[Any, ...]:
+    """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1)."""
+    found = [cond]
+    while len(found) < n:
+        found.append(another(model, spec, found[-1]) or found[0])
+    return tuple(torch.cat([f[k] for f in found]) if batched(c) else c for k, c in enumerate(cond))
+
+
 def _in_turn(other: Tensor, c: Tensor) -> Tensor:
     """Every second sample of c [n, ...], from the first on, has other [1, ...]."""
     c = c.clone()

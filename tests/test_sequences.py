@@ -144,6 +144,52 @@ def test_padded_once_in_front(length: int) -> None:
         sampler.sample(1, length=length + 10)
 
 
+# ---- other lengths beside conditioning -------------------------------------------------------------------------------
+class Odd(nn.Module):
+    """A layer, conditioning, and something that is different at one site, or hangs on the length."""
+
+    def __init__(self, what: str, frames: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.what, self.frames = what, frames
+        self.first, self.out = nn.Conv1d(1, WIDTH, 3), nn.Conv1d(WIDTH, N, 1)
+        self.label, self.mel = nn.Embedding(5, WIDTH), nn.Conv1d(3, WIDTH, 1)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        h, t = torch.tanh(self.first(F.pad(x, (2, 0)))), x.shape[-1]
+        h = h + (self.mel(cond) if self.frames else self.label(cond)[:, :, None])
+        if self.what == "a site beyond":
+            h = h + 2.0 * (torch.arange(t) == 85)
+        if self.what == "a tensor of the length":
+            h = h * torch.tensor(1 + t / 100)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("what", ["nothing", "a site beyond", "a tensor of the length"])
+def test_lengths_beside_conditioning(what: str, frames: bool) -> None:
+    """What the planned length does not show is seen before a sample of another length is drawn."""
+    head = Categorical(N, encode="symmetric", params="B(n*C)*")
+    model = Odd(what, frames).eval()
+
+    def cond(n: int, length: int) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(length)
+        return (torch.randn(n, 3, length, generator=g) if frames else torch.randint(0, 5, (n,), generator=g),)
+
+    options: Any = dict(predicts="next", threads=1)
+    sampler = fastgen.compile(model, (1, 80), head, cond(1, 80), **options)
+    for length in (80, 40, 120, 100):
+        given = cond(3, length)
+        naive = fastgen.compile(model, (1, length), head, cond(1, length), backend="naive", **options)
+        try:
+            ours = sampler.sample(3, cond=given, length=length)
+        except UnsupportedError as error:
+            assert what != "nothing" and length != 80 and "length" in str(error)
+            continue
+        assert torch.equal(ours, naive.sample(3, cond=given))
+        assert what == "nothing" or length == 80 or (what == "a site beyond" and length == 40)
+
+
 # ---- refused, and why --------------------------------------------------------------------------------------------
 class TimeMajor(Tokens):
     """Takes and gives [T, B]."""
