@@ -55,6 +55,8 @@ def known_values(spec: Spec, given: Any, mask: Any, n: int) -> tuple[Tensor | No
         raise ShapeError(f"given holds {len(known)} samples; expected {n} (or 1, shared)")
     if mask.shape not in (given.shape, given.shape[1:], (1, *given.shape[1:])):
         raise ShapeError(f"mask has shape {tuple(mask.shape)}; expected that of given, {tuple(given.shape)}")
+    if mask.is_floating_point() and bool(mask.isnan().any()):
+        raise ValueError("mask holds NaN; expected where values are known: true or false, or 1 or 0")
     where = spec.values(mask.to(given.device).expand(given.shape)) != 0
     fault = spec.head.fault_of(known[where])
     if fault:

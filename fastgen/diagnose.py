@@ -25,6 +25,11 @@ from fastgen.spec import Spec
 from fastgen.teacher_forced import by_step, forward_parameters
 from fastgen.variations import batched
 
+MIXES = (
+    "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or conditioning of the "
+    "first used for all of them? a batch that is not the first axis?)"
+)
+
 
 def check_logits(spec: Spec, graph: Graph, true: Tensor) -> None:
     """Raises UnsupportedError where forward's parameters [n, steps, P] are probabilities, and the head takes logits.
@@ -102,10 +107,7 @@ def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Ten
         alone = forward_parameters(model, spec, values[k : k + 1], one)
         if float((params[k : k + 1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
             _check_repeats(model, spec, cond, params)
-            raise UnsupportedError(
-                "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or "
-                "conditioning of the first used for all of them? a batch that is not the first axis?)"
-            )
+            raise UnsupportedError(MIXES)
 
 
 def check_drift(model: nn.Module, spec: Spec, executor: Executor, request: Request) -> None:

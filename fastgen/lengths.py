@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.errors import UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, refused
+from fastgen.kept import Kept
 from fastgen.plan.plan import Plan
 from fastgen.spec import Spec
 from fastgen.teacher_forced import forward_parameters
@@ -50,16 +51,6 @@ def lengths_of(model: nn.Module, spec: Spec, cond: tuple[Any, ...], reach: int, 
     return "ends" if bool(apart.any()) else "any"
 
 
-def odd_site(model: nn.Module, spec: Spec, cond: tuple[Any, ...], reach: int, planned: int) -> int | None:
-    """The first site of a sequence of spec's length that does not do what others do; None: there is none, or it is too
-    short to tell."""
-    spec, cond = spec.at_length(min(spec.sites[0], LONGEST)), tuple(map(_flat, cond))
-    try:
-        return _first_odd(_periodic(model, spec, cond), reach, planned)
-    except FORWARD_ERRORS as error:
-        raise refused(spec.encode(spec.example_values(1)), cond, error) from error
-
-
 def _first_odd(params: Tensor, reach: int, planned: int) -> int | None:
     """Of parameters [sites, phases * P] for values with the period, against those of the last period before the end."""
     end = len(params) - planned // 4
@@ -92,37 +83,61 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 class Looked:
     """At which lengths a plan of a sequence was seen to do what forward does; asked before a sample of another is drawn."""
 
-    def __init__(self, model: nn.Module, plan: Plan, sites: int, free: bool) -> None:
-        """sites: those of compile. free: forward takes any length with the same conditioning."""
-        self.model, self.plan, self.sites, self.free = model, plan, sites, free
-        self.longest, self.another = sites, False
+    def __init__(self, model: nn.Module, plan: Plan, sites: int, example: tuple[Any, ...]) -> None:
+        """sites, example: the length and the conditioning of compile."""
+        self.model, self.plan, self.sites, self.example = model, plan, sites, example
+        self.free = False  # forward takes any length with the same conditioning
+        self.own = _form(sites, example)
+        self.seen: Kept[tuple[int, ...], bool] = Kept(1024)
+        self.low = self.high = self.own
 
     def check(self, spec: Spec, cond: tuple[Any, ...], prove: Callable[[], VerifyReport]) -> None:
-        """Raises UnsupportedError where forward does something else at spec's length than the plan.
+        """Raises UnsupportedError where forward does something else than the plan at spec's length, or with conditioning (batch
+        1) of another length.
 
-        Of itself where forward is free to be asked; else by a proof at that length, with the conditioning of the call: once at
-        another length than that of compile, and at every length that is longer than what was proved.
+        Where forward is free to be asked, it is: of a length that is new, what it does at its sites, and at the first ones
+        at the length of compile. Else by a proof, with the conditioning of the call, at lengths outside of those proved, and
+        at short ones.
         """
-        length = spec.sites[0]
-        if (
-            not self.plan.schedule.sequence
-            or length == self.sites
-            or (length <= self.longest and (self.free or self.another))
-        ):
+        form = _form(spec.sites[0], cond)
+        if form == self.own or self.seen.get(form):
             return
-        planned = self.plan.spec.sites[0]
-        if self.free:
-            odd = odd_site(self.model, spec, cond, self.plan.receptive_field[-1], planned)
-            what = (
-                None if odd is None else f"from site {odd} on than before (positions, or a constant along the sequence)"
-            )
-        else:
+        free = self.plan.schedule.sequence and self.free and form[1:] == self.own[1:]
+        short = spec.sites[0] <= self.plan.spec.sites[0] // 2  # of which most goes with the end
+        between = all(a <= k <= b for a, k, b in zip(self.low, form, self.high, strict=True)) and self.low != self.high
+        if free:
+            self._ask(spec, cond)
+        if short or not (free or between):
             report = prove()
-            what = None if report.ok else f"than what was planned ({report})"
-            self.another = True
-        if what is not None:
-            raise UnsupportedError(
-                f"length {length}: forward does something else {what}, and the plan was made at {planned} sites; compile with "
-                "that length"
-            )
-        self.longest = max(self.longest, length)
+            if not report.ok:
+                raise UnsupportedError(self._refusal(form, f"than what was planned ({report})"))
+            self.low = tuple(map(min, self.low, form))
+            self.high = tuple(map(max, self.high, form))
+        self.seen.put(form, True)
+
+    def _ask(self, spec: Spec, cond: tuple[Any, ...]) -> None:
+        reach, planned = self.plan.receptive_field[-1], self.plan.spec.sites[0]
+        spec = spec.at_length(min(spec.sites[0], LONGEST))
+        own, flat = spec.at_length(min(self.sites, LONGEST)), tuple(map(_flat, cond))
+        try:
+            here, there = (_periodic(self.model, at, flat) for at in (spec, own))
+        except FORWARD_ERRORS as error:
+            raise refused(spec.encode(spec.example_values(1)), cond, error) from error
+        odd = _first_odd(here, reach, planned)
+        if odd is None:
+            both = min(len(here), len(there)) - planned // 4
+            apart = _apart(here[: max(0, both)], there[: max(0, both)])
+            odd = int(apart.int().argmax()) if bool(apart.any()) else None
+        if odd is not None:
+            what = f"from site {odd} on than at {self.sites} sites (positions, or a constant along the sequence or of its length)"
+            raise UnsupportedError(self._refusal((spec.sites[0],), what))
+
+    def _refusal(self, form: tuple[int, ...], what: str) -> str:
+        lengths = ", ".join(map(str, form[1:]))
+        of_cond = f" with conditioning of lengths {lengths}" if lengths and form[1:] != self.own[1:] else ""
+        return f"length {form[0]}{of_cond}: forward does something else {what}; compile with that"
+
+
+def _form(sites: int, cond: tuple[Any, ...]) -> tuple[int, ...]:
+    """The lengths that a forward hangs on: of the sample, and of its conditioning."""
+    return (sites, *(c.shape[-1] for c in cond if isinstance(c, Tensor) and c.dim() > 1))

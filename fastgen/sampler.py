@@ -97,7 +97,7 @@ class Sampler:
         self.executor: Executor = EXECUTORS[self.backend].make(setting)
         if self.executor.describe():
             self.plan.notes[self.executor.name] = self.executor.describe()
-        self._looked = Looked(model, self.plan, self.spec.sites[0], free=False)
+        self._looked = Looked(model, self.plan, self.spec.sites[0], self.example)
 
     def _proved_along(self) -> bool:
         """Whether stepping is right at the sequence's own length and at a crooked one (or at their first sites)."""
@@ -276,10 +276,9 @@ class Sampler:
 
     def _look_at(self, request: Request) -> None:
         """Raises UnsupportedError where forward does something else at the request's length than the plan."""
-        if request.length is not None and request.slots:
-            one = request.rows(0, 1)
-            one = replace(one, want_params=True, given=None, mask=None)
-            spec, run = self.spec.at_length(request.length), self.executor
+        if self.spec.sequence and request.slots and not EXECUTORS[self.backend].oracle:
+            one = replace(request.rows(0, 1), want_params=True, given=None, mask=None)
+            spec, run = self.spec if one.length is None else self.spec.at_length(one.length), self.executor
             self._looked.check(spec, one.cond, lambda: verify(self.on_cpu, spec, run, one, threads=self._threads))
 
     def _values(self, x: Tensor) -> tuple[Spec, Tensor]:

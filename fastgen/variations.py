@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +30,18 @@ def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
 
 
 def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1)."""
+    """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1); in no order."""
     found = [cond]
-    while len(found) < n:
-        found.append(another(model, spec, found[-1]) or found[0])
-    return tuple(torch.cat([f[k] for f in found]) if batched(c) else c for k, c in enumerate(cond))
+    for changes in (UPWARDS, DOWNWARDS):
+        last: tuple[Any, ...] | None = cond
+        while len(found) < n and last is not None:
+            last = another(model, spec, last, changes)
+            if last is not None and not any(_alike(last, f) for f in found):
+                found.append(last)
+            elif last is not None:
+                break
+    chosen = [found[k % len(found)] for k in sorted(range(n), key=lambda k: (k % 2 == 0, k))]
+    return tuple(torch.cat([f[k] for f in chosen]) if batched(c) else c for k, c in enumerate(cond))
 
 
 def _in_turn(other: Tensor, c: Tensor) -> Tensor:
@@ -47,12 +55,14 @@ def batched(c: Any) -> bool:
     return isinstance(c, Tensor) and c.dim() > 0
 
 
-def another(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def another(
+    model: nn.Module, spec: Spec, cond: tuple[Any, ...], changes: tuple[Callable[[Tensor], Tensor], ...] = ()
+) -> tuple[Any, ...] | None:
     """Conditioning unlike this one (batch 1) that forward takes, and of which its parameters are finite; None: not found."""
     x = spec.example_values(1)
-    for change in (_next, _before, _rolled):
+    for change in changes or (*UPWARDS, *DOWNWARDS, _rolled):
         tried = tuple(change(c) if batched(c) else c for c in cond)
-        if all(torch.equal(a, b) for a, b in zip(tried, cond, strict=True) if batched(a)):
+        if _alike(tried, cond):
             continue
         try:
             if bool(forward_parameters(model, spec, x, tried).isfinite().any()):
@@ -62,15 +72,27 @@ def another(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Any, .
     return None
 
 
+def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if batched(x))
+
+
 def _next(c: Tensor) -> Tensor:
     if c.dtype == torch.bool:
         return ~c
-    return c.roll(1, -1) * 0.75 + 0.125 if c.is_floating_point() else c + 1
+    if not c.is_floating_point():
+        return c + 1
+    moved = c.roll(1, -1) * 0.75 + 0.125
+    return torch.where(moved == c, c + 0.25, moved)  # a half, all of it, is where this ends
 
 
 def _before(c: Tensor) -> Tensor:
-    return c.roll(1, -1) if c.is_floating_point() or c.dtype == torch.bool else (c - 1).clamp(min=0)
+    if c.dtype == torch.bool:
+        return c.roll(1, -1)
+    return c * 0.5 - 0.375 if c.is_floating_point() else (c - 1).clamp(min=0)
 
 
 def _rolled(c: Tensor) -> Tensor:
     return c.roll(1, -1)
+
+
+UPWARDS, DOWNWARDS = (_next,), (_before,)

@@ -109,16 +109,73 @@ def by_rank(m: Any, h: Tensor, label: Tensor) -> Tensor:
     return h.gather(1, order[:, :, None].expand_as(h))
 
 
+def lags(h: Tensor) -> Tensor:
+    return torch.stack([F.pad(h, (k, 0))[..., : h.shape[-1]] for k in range(CLASSES)], 1)
+
+
+def swapped(m: Any, h: Tensor, label: Tensor) -> Tensor:
+    """Storages that tensors leave, and that others may take."""
+    other = torch.zeros_like(h) + h
+    other.set_(h * 2.0)  # type: ignore[call-overload]
+    third = h.clone()
+    third.data = h.data * m.table[label].data[:, :, None]
+    t = m.table[label]
+    for _ in range(4):
+        t = torch.tanh(t * 1.1 + 0.1)
+    return torch.tanh(other) * t[:, :, None] + third
+
+
 EXPERTS: Callable[[Tensor], Tensor] = lambda h: torch.stack([h, -h, 2 * h, h * h], 1)  # noqa: E731
 FROZEN: dict[str, Callable[..., Tensor]] = {
     "transposed weight": each(lambda m, h, c: F.conv_transpose1d(h, m.many[c][0][:, :, None])),
     "sites by gather": lambda m, h, c: h.gather(2, c[:, None, None].expand(-1, WIDTH, h.shape[2])),
     "two labels as indices": lambda m, h, c: h + EXPERTS(h)[torch.arange(len(h)), c, c][:, None],
 }
+
+
+def causal_kernel(mask: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A kernel of conditioning whose tap into the future is masked, in some way."""
+    return each(lambda m, h, c: F.conv1d(h, mask(torch.stack([m.many[c][0]] * 3, -1)), padding=1))
+
+
+def set_to_zero(k: Tensor) -> Tensor:
+    k = k.clone()
+    k[..., 2] = 0
+    return k
+
+
+FUTURE = torch.tensor([1.0, 1.0, 0.0])
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a product": lambda k: k * FUTURE, "set": set_to_zero, "a product in place": lambda k: k.clone().mul_(FUTURE),
+    "filled in place": lambda k: k.clone().masked_fill_(FUTURE == 0, 0.0), "filled": lambda k: k.masked_fill(FUTURE == 0, 0.0),
+    "where": lambda k: torch.where(FUTURE > 0, k, 0.0), "scaled after": lambda k: k * FUTURE * 0.5,
+    "normed after": lambda k: k * FUTURE / k.norm(), "cast after": lambda k: (k * FUTURE).double().float(),
+    "added to nothing": lambda k: k * FUTURE + torch.zeros(3), "moved": lambda k: (k.movedim(-1, 0) * FUTURE[:, None, None]).movedim(0, -1),
+}  # fmt: skip
+LED_IN: dict[str, Callable[..., Tensor]] = {
+    "indexed": lambda m, c: (m.many[..., None] * FUTURE)[c][0],
+    "selected": lambda m, c: (m.many[..., None] * FUTURE).index_select(0, c)[0],
+    "embedded": lambda m, c: F.embedding(c, (m.many[..., None] * FUTURE).flatten(1)).view(WIDTH, WIDTH, 3),
+    "mixed": lambda m, c: torch.einsum("bk,kijt->bijt", F.one_hot(c, CLASSES).float(), m.many[..., None] * FUTURE)[0],
+    "a linear layer": lambda m, c: F.linear(F.one_hot(c, CLASSES).float(), (m.many[..., None] * FUTURE).flatten(1).T).view(WIDTH, WIDTH, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MASKS, *LED_IN])
+def test_masked_kernels_of_conditioning_read_no_later_site(name: str) -> None:
+    if name in MASKS:
+        followed(causal_kernel(MASKS[name]))
+    else:
+        followed(each(lambda m, h, c: F.conv1d(h, LED_IN[name](m, c), padding=1)))
+
+
 MIXED: dict[str, Callable[..., Tensor]] = {  # the first sample's label for all
     "bias of a convolution": lambda m, h, c: F.conv1d(h, torch.eye(WIDTH)[:, :, None], m.table[c][0]),
     "weight of a convolution": lambda m, h, c: F.conv1d(h, m.many[c][0][:, :, None]),
     "shift": lambda m, h, c: h + m.table[c[:1]][:, :, None],
+    "labels in order": lambda m, h, c: h + m.table[c.sort()[0]][:, :, None],
+    "any of them": lambda m, h, c: h * torch.where((c == 1).any(), 1.0, 2.0),
+    "a mean of samples": lambda m, h, c: h + 0.01 * h.mean(0, keepdim=True) + m.table[c][:, :, None],
 }
 FOLLOWED: dict[str, Callable[..., Tensor]] = {
     "bias of a linear layer": each(
@@ -148,7 +205,10 @@ FOLLOWED: dict[str, Callable[..., Tensor]] = {
     ),
     "a table by sampled index": each(lambda m, h, c: m.many[c][0][(h[:, 0] > 0).long()].transpose(1, 2)),
     "a part of a table": tokens,
-    "a class token": front,
+    "a class token": front, "copies by label": lambda m, h, c: lags(h)[torch.arange(len(c)), c],
+    "copies of all": lambda m, h, c: (lags(h) * F.one_hot(c, CLASSES)[:, :, None, None]).sum(1),
+    "a kernel of each channel": each(lambda m, h, c: F.conv1d(F.pad(h, (1, 0)), m.many[c][0][:, None, :2], groups=WIDTH)),
+    "of another storage": swapped, "a bias of a norm": each(lambda m, h, c: F.layer_norm(h.mT, (WIDTH,), None, m.table[c][0]).mT),
     "a layer over a class token": mixed_by_token,
     "added": lambda m, h, c: h + m.table[c][:, :, None],
     "gate": lambda m, h, c: h * torch.sigmoid(m.table[c])[:, :, None],
@@ -167,9 +227,9 @@ FOLLOWED: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
-def compiled(use: Callable[..., Tensor]) -> fastgen.Sampler:
+def compiled(use: Callable[..., Tensor], **options: Any) -> fastgen.Sampler:
     head = Categorical(N, encode="symmetric", params="B(n*C)*")
-    return fastgen.compile(Labelled(use).eval(), (1, 12), head, (torch.tensor([1]),), threads=1)
+    return fastgen.compile(Labelled(use).eval(), (1, 12), head, (torch.tensor([1]),), threads=1, **options)
 
 
 @pytest.mark.parametrize("use", FROZEN)
@@ -186,7 +246,12 @@ def test_one_label_for_a_whole_batch_is_named(use: str) -> None:
 
 @pytest.mark.parametrize("use", FOLLOWED)
 def test_what_is_followed_is_followed_for_every_label(use: str) -> None:
-    sampler = compiled(FOLLOWED[use])
+    followed(FOLLOWED[use])
+
+
+def followed(use: Callable[..., Tensor]) -> None:
+    sampler = compiled(use, verify=False)
+    assert sampler.verify().ok
     labels = torch.arange(CLASSES)
     samples = sampler.sample(CLASSES, seed=3, cond=(labels,))
     naive = fastgen.compile(sampler.model, (1, 12), sampler.spec.head, (torch.tensor([1]),), backend="naive")
@@ -232,3 +297,56 @@ def test_an_argument_that_a_rule_does_not_know_is_refused(use: str) -> None:
     function, match = ARGUMENTS[use]
     with pytest.raises(UnsupportedError, match=match):
         compiled(function)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda m, c: c[:1], lambda m, c: c.mean(0, keepdim=True), lambda m, c: c.amax(0, keepdim=True)]
+)
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.3])
+def test_one_vector_for_a_whole_batch_is_named(use: Callable[..., Tensor], value: float) -> None:
+    """Also where the example is the same everywhere."""
+    model = Labelled(lambda m, h, c: h + use(m, c)[:, :, None]).eval()
+    head = Categorical(N, encode="symmetric", params="B(n*C)*")
+    with pytest.raises(UnsupportedError, match="mixes the samples of a batch"):
+        fastgen.compile(model, (1, 12), head, (torch.full((1, WIDTH), value),), threads=1)
+
+
+def test_a_little_of_other_samples_is_no_rounding() -> None:
+    """The yardstick of the proof is one sample's own rounding."""
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.out = nn.Conv1d(1, WIDTH, 2), nn.Conv1d(WIDTH, N, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(F.pad(x, (2, -1))))
+            return self.out(h + 1e-3 * h.mean(0, keepdim=True))
+
+    with pytest.raises(UnsupportedError, match="mixes the samples of a batch"):
+        fastgen.compile(Mixes().eval(), (1, 12), Categorical(N, encode="symmetric", params="B(n*C)*"), threads=1)
+
+
+def test_a_traced_module_with_a_label() -> None:
+    model = Labelled(FOLLOWED["added"]).eval()
+    traced = torch.jit.trace(model, (torch.zeros(2, 1, 12), torch.tensor([1, 2])))
+    head, labels = Categorical(N, encode="symmetric", params="B(n*C)*"), torch.arange(CLASSES)
+    ours = fastgen.compile(traced, (1, 12), head, (torch.tensor([1]),), threads=1).sample(CLASSES, cond=(labels,))
+    assert torch.equal(ours, compiled(FOLLOWED["added"]).sample(CLASSES, cond=(labels,)))
+
+
+@pytest.mark.parametrize("index", [lambda x: (x + 1) % N, lambda x: (x * 2 - 3) % N, lambda x: (-x) % N])
+def test_remainders_of_whole_numbers(index: Callable[[Tensor], Tensor]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.conv, self.out = nn.Embedding(N, WIDTH), nn.Conv1d(WIDTH, WIDTH, 2), nn.Conv1d(WIDTH, N, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.conv(F.pad(self.table(index(x)).mT, (2, -1)))))
+
+    model, head = Wrapped().eval(), Categorical(N, encode="index", params="B(n*C)*")
+    naive = fastgen.compile(model, (12,), head, backend="naive")
+    assert torch.equal(fastgen.compile(model, (12,), head, threads=1).sample(8), naive.sample(8))

@@ -214,6 +214,12 @@ def test_shapes_that_are_no_whole_numbers(shape: Any) -> None:
         fastgen.compile(Net().eval(), shape, HEAD, predicts="next")
 
 
+def test_a_mask_of_nan() -> None:
+    sampler, given = compiled(Net()), torch.zeros(1, *SHAPE, dtype=torch.int64)
+    with pytest.raises(ValueError, match="mask holds NaN"):
+        sampler.sample(1, given=given, mask=torch.full((1, *SHAPE), torch.nan))
+
+
 def test_temperatures_of_other_types(plain: Tensor) -> None:
     import numpy as np
 

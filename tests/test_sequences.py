@@ -190,6 +190,80 @@ def test_lengths_beside_conditioning(what: str, frames: bool) -> None:
         assert what == "nothing" or length == 80 or (what == "a site beyond" and length == 40)
 
 
+class Of(nn.Module):
+    """A layer, and a use of the length and of conditioning, if there is any."""
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.use, self.first, self.out = use, nn.Conv1d(1, WIDTH, 2), nn.Conv1d(WIDTH, N, 1)
+        self.label, self.mel = nn.Embedding(5, WIDTH), nn.Conv1d(2, WIDTH, 1)
+        self.table = nn.Parameter(torch.randn(1, WIDTH, 1300))
+
+    def forward(self, x: Tensor, *cond: Tensor) -> Tensor:
+        h = torch.tanh(self.first(F.pad(x, (2, -1))))
+        return 3 * self.out(self.use(self, h, x.shape[-1], *cond))
+
+
+OF_LENGTH: dict[str, Any] = {
+    "beyond 800": lambda m, h, t: h * max(1.0, t / 800) ** 2, "below 64": lambda m, h, t: h * min(1.0, t / 64),
+    "another function": lambda m, h, t: h.relu() if t < 32 else h, "by the thousand": lambda m, h, t: h + t // 1000,
+    "a position of the length": lambda m, h, t: h + m.table[..., t - 1 : t], "every third": lambda m, h, t: h * (1 + (t % 3 == 0)),
+    "a mean of positions": lambda m, h, t: h + m.table[..., :t].mean(-1, keepdim=True),
+    "a shift": lambda m, h, t: F.pad(h, (t // 50, -(t // 50))), "a sum of ones": lambda m, h, t: h * torch.ones(t).sum() / 100,
+}  # fmt: skip
+
+
+def agree_or_refuse(
+    model: nn.Module, shape: tuple[int, ...], cond: Any, lengths: dict[int, tuple[Tensor, ...]]
+) -> None:
+    """Samples at other lengths are those of a sampler of that length, or refused with the length."""
+    head = Categorical(N, encode="symmetric", params="B(n*C)*")
+    sampler = fastgen.compile(model, shape, head, cond, threads=1)
+    for length, given in lengths.items():
+        one = tuple(c[:1] for c in given)
+        try:
+            ours = sampler.sample(2, seed=2, length=length, cond=given or None)
+        except UnsupportedError as error:
+            assert "length" in str(error)
+            continue
+        there = fastgen.compile(model, (1, length), head, one, threads=1)
+        assert torch.equal(ours, there.sample(2, seed=2, cond=given or None)), length
+
+
+@pytest.mark.parametrize("name", OF_LENGTH)
+def test_arithmetic_of_the_length(name: str) -> None:
+    agree_or_refuse(Of(OF_LENGTH[name]).eval(), (1, 150), None, {25: (), 120: (), 151: (), 300: (), 1200: ()})
+
+
+@pytest.mark.parametrize("name", OF_LENGTH)
+def test_arithmetic_of_the_length_beside_a_label(name: str) -> None:
+    model = Of(lambda m, h, t, c: OF_LENGTH[name](m, h, t) + m.label(c)[:, :, None])
+    labels = (torch.tensor([1, 3]),)
+    agree_or_refuse(model.eval(), (1, 150), (labels[0][:1],), {25: labels, 120: labels, 170: labels, 1200: labels})
+
+
+OF_FRAMES: dict[str, Any] = {
+    "a sum of ones": lambda m, h, t, c: h * torch.ones(c.shape[-1]).sum() / 20, "a roll": lambda m, h, t, c: h.roll(c.shape[-1], 1),
+    "a position": lambda m, h, t, c: h + m.table[..., c.shape[-1] : c.shape[-1] + 1],
+    "a mask": lambda m, h, t, c: h * (1 + (torch.arange(t) < c.shape[-1])), "nothing": lambda m, h, t, c: h,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_FRAMES)
+def test_arithmetic_of_the_length_of_conditioning(name: str) -> None:
+    model = Of(lambda m, h, t, c: OF_FRAMES[name](m, h, t, c) + m.mel(c).mean(-1, keepdim=True)).eval()
+    head, g = Categorical(N, encode="symmetric", params="B(n*C)*"), torch.Generator().manual_seed(0)
+    sampler = fastgen.compile(model, (1, 24), head, (torch.randn(1, 2, 16, generator=g),), threads=1)
+    for frames in (16, 60, 30, 4):
+        cond = torch.randn(2, 2, frames, generator=g)
+        naive = fastgen.compile(model, (1, 24), head, (cond[:1],), backend="naive")
+        try:
+            assert torch.equal(sampler.sample(2, cond=(cond,)), naive.sample(2, cond=(cond,)))
+        except UnsupportedError as error:
+            assert "length" in str(error) and name != "nothing"
+
+
 # ---- refused, and why --------------------------------------------------------------------------------------------
 class TimeMajor(Tokens):
     """Takes and gives [T, B]."""

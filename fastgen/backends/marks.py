@@ -18,7 +18,7 @@ class Marks:
 
     def __init__(self) -> None:
         self._of: dict[int, Tensor | None] = {}  # None: all of it
-        self._keep: list[Tensor] = []  # so that no other storage takes a place
+        self._keep: list[torch.UntypedStorage] = []  # so that no other takes a place, whatever becomes of its tensors
 
     def of(self, t: Tensor) -> Tensor | None:
         """Which elements of t are marked, bool as t; None where none is."""
@@ -33,7 +33,7 @@ class Marks:
     def put(self, t: Tensor, marks: Tensor | None = None) -> None:
         """Marks t: all of it, or those elements; others of it are then not."""
         place = t.untyped_storage()._cdata
-        self._keep.append(t)
+        self._keep.append(t.untyped_storage())
         if marks is None and t.numel() == _size(t):
             self._of[place] = None
             return

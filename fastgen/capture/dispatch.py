@@ -22,7 +22,7 @@ from fastgen.capture.convolution import CONVOLUTIONS, conv_of_conditioning
 from fastgen.capture.fit import Irregular
 from fastgen.capture.ids import COND, CONST
 from fastgen.capture.linear import LINEAR
-from fastgen.capture.lookup import LOOKUP
+from fastgen.capture.lookup import LOOKUP, PICKS, untouched
 from fastgen.capture.moves import MOVEMENT, cast
 from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE, pointwise
@@ -150,19 +150,46 @@ class Dispatcher(TorchDispatchMode):
         if first and name in MOVED and not any(tr.conditional(t) for t in tree_leaves(args[1:])):
             with contextlib.suppress(Irregular, RuntimeError):
                 known = dense(MOVED[name](tr, func, out, args, kwargs), out.shape)
+        elif name in ("copy", "fill", "to", "_to_copy"):
+            known = tr.ids(args[0] if "to" in name else args[1])
+        elif name in PICKS:
+            known = untouched(tr, PICKS[name], func, out, args)
+        elif name in ("mm", "bmm", "addmm"):
+            known = self._without_terms(args)
         elif (
             name in ("where", "masked_fill") and len(args) == 3 and not tr.conditional(args[k := int(name != "where")])
         ):
             yes, no = (args[1], args[2]) if name == "where" else (args[2], args[0])
             yes, no = (tr.ids(a) if isinstance(a, Tensor) else torch.tensor(CONST) for a in (yes, no))
             known = torch.where(args[k], yes, no)
-        elif name in POINTWISE and all(isinstance(a, Tensor) for a in args):
-            fixed = [tr.ids(a) == CONST for a in args]
-            constant = torch.stack(torch.broadcast_tensors(*fixed)).all(0)
-            if name == "mul":
-                constant = constant | (fixed[0] & (args[0] == 0)) | (fixed[1] & (args[1] == 0))
-            known = torch.where(constant, CONST, COND)
+        elif name in POINTWISE:
+            known = torch.where(self._fixed(name, out, args), CONST, COND)
         return torch.full(out.shape, COND) if known is None else known.expand(out.shape)
+
+    def _fixed(self, name: str, out: Tensor, args: Any) -> Tensor:
+        """Where a function's result depends on nothing: on constants alone, or on a constant zero that is multiplied or
+        divided."""
+        tr = self.tracer
+        constant = torch.ones(out.shape, dtype=torch.bool)
+        zero = torch.zeros(out.shape, dtype=torch.bool)
+        for k, a in enumerate(args):
+            if isinstance(a, Tensor):
+                own = tr.ids(a) == CONST
+                constant = constant & own
+                if name == "mul" or (name in ("div", "true_divide") and k == 0):
+                    zero = zero | (own & (a == 0))
+            elif name == "mul" and a == 0:
+                zero = ~zero
+        return constant | zero
+
+    def _without_terms(self, args: Any) -> Tensor:
+        """Ids of bias + a @ b (or without a bias): where each term has a constant zero, nothing is added to the bias."""
+        *bias, a, b = args
+        some = [~((self.tracer.ids(t) == CONST) & (t == 0)) for t in (a, b)]
+        added = (some[0].float() @ some[1].float()) > 0
+        for t in bias:
+            added = added | (self.tracer.ids(t) != CONST)
+        return torch.where(added, COND, CONST)
 
     def _read(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Python asks for a number: only a yes or no, and that is looked into afterwards (reads.py)."""
@@ -235,8 +262,10 @@ class Dispatcher(TorchDispatchMode):
                 tr.notes.append(f"{tr.path.current}: conditioning copied into a sampled tensor")
         elif dynamic:
             ids = self._apply(RULES.get(base), func, base, target, args, kwargs)
+        elif conditional:
+            ids = self._conditional(func, base, target, args, kwargs, True)
         else:
-            ids = torch.full(target.shape, COND if conditional else CONST)
+            ids = torch.full(target.shape, CONST)
         result = func(*args, **kwargs)
         tr.put(target, ids)
         return result

@@ -58,7 +58,7 @@ def linear(tr: Tracer, op: str, e: Elements, w: Tensor, b: Tensor | None) -> Ten
         if not len(columns):
             continue
         grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
-        groups, ids = terms(tr, part, i, j, grid)
+        groups, ids = terms(tr, part, i, j, grid, patched=True)
         taps = [Term(g.ref, w[:, g.lanes].clone()) for g in groups]
         fixed = w @ torch.where(ids == CONST, part.values.to(w.dtype), torch.zeros((), dtype=w.dtype))
         bias = None if b is None else b.detach().clone()

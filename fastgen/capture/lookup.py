@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,35 +50,37 @@ def embed(tr: Tracer, table: Tensor, index: Tensor) -> Tensor:
     return result.movedim(0, -1)
 
 
-def choose(tr: Tracer, op: str, table: Tensor, index: Tensor, size: int, dim: int, take: Take) -> Tensor:
-    """Ids of take(table, index), where what is taken is computed, or the index is conditioning (heads by label): of all
-    `size` candidates along a dimension of the table, those that are not asked for are zeros, and the rest is their sum."""
-    shape = torch.Size([*take(table, index).shape, size])
+def choose(tr: Tracer, op: str, p: Pick) -> Tensor:
+    """Ids of what is picked, where the candidates are computed, or the index is conditioning (heads by label): of all
+    candidates, those that are not asked for are zeros, and the rest is their sum."""
+    index, size = p.index, p.size
+    shape = torch.Size([*p.take(p.table, index).shape, size])
     if shape.numel() > LARGEST:
         raise Irregular(
             f"a choice among {size} candidates, {shape.numel():.3g} in all; the planner takes {LARGEST:.3g}"
         )
     one_by_one = [torch.full_like(index, k) for k in range(size)]
-    candidates = elements(tr, table).arranged(lambda t: torch.stack([take(t, k) for k in one_by_one], -1))
-    site = torch.where(candidates.ids >= 0, candidates.ids & SITE_MASK, -1)
-    if bool(((site != site.amax(-1, keepdim=True)) & (site >= 0)).any()):
+    candidates = elements(tr, p.table).arranged(lambda t: torch.stack([p.take(t, k) for k in one_by_one], -1))
+    site = torch.where(candidates.ids >= 0, candidates.ids & SITE_MASK, -1).reshape(-1, size)
+    if bool((site != site[:, :1]).any()) and bool((site == site[:1]).all()):
         raise Irregular("an index of sites that depends on the sample or on conditioning")
     # Which element of the index decides: taken from a table of as many rows as the index has elements.
     entries = torch.arange(index.numel()).view(index.shape)
-    rows = torch.arange(index.numel()).view([-1 if d == dim else 1 for d in range(table.dim())])
-    sizes = [index.numel() if d == dim else n for d, n in enumerate(table.shape)]
-    entry = take(rows.expand(sizes).contiguous(), entries)[..., None].expand(shape)
+    rows = torch.arange(index.numel()).view([-1 if d == p.dim else 1 for d in range(p.table.dim())])
+    sizes = [index.numel() if d == p.dim else n for d, n in enumerate(p.table.shape)]
+    entry = p.take(rows.expand(sizes).contiguous(), entries)[..., None].expand(shape)
     known = elements(tr, index)
     asked = Elements(
         index, known.ids.reshape(-1)[entry], known.values.reshape(-1)[entry].float(),
         entry if bool((known.ids == COND).any()) else None,
     )  # fmt: skip
-    hit = emit(tr, op, shape, "eq", [asked, torch.arange(size).float()], (), like=candidates)
+    last = len(shape) - 1
+    hit = emit(tr, op, shape, "eq", [asked, torch.arange(size).float()], (), like=candidates, copies=last)
     compared = tr.nodes[-1]
     assert isinstance(compared, MapNode)
     tr.check_lookup(compared.operands[0], size)
     mask = stand_in(tr, torch.zeros(shape), dense(hit, shape))
-    kept = emit(tr, op, shape, "where", [mask, candidates, 0.0], ())
+    kept = emit(tr, op, shape, "where", [mask, candidates, 0.0], (), copies=last)
     return reduce_last(tr, op, "sum", elements(tr, stand_in(tr, torch.zeros(shape), dense(kept, shape))))
 
 
@@ -85,12 +88,67 @@ def _fixed(tr: Tracer, t: Tensor) -> bool:
     return not tr.dynamic(t) and not tr.conditional(t)
 
 
+@dataclass(frozen=True)
+class Pick:
+    """A choice by an index: of `size` along a dimension of a table."""
+
+    table: Tensor
+    index: Tensor
+    dim: int
+    take: Take
+
+    @property
+    def size(self) -> int:
+        """Of how many."""
+        return int(self.table.shape[self.dim])
+
+
+def _of_embedding(tr: Tracer, func: Any, args: Any) -> Pick:
+    return Pick(args[0], args[1], 0, lambda t, k: t[k])
+
+
+def _along(tr: Tracer, func: Any, args: Any) -> Pick:
+    dim = args[1] % max(1, args[0].dim())
+    return Pick(args[0], args[2], dim, lambda t, k: func(t, dim, k))
+
+
+def _of_index(tr: Tracer, func: Any, args: Any) -> Pick:
+    """By the one index among several that is not constant. Raises Irregular."""
+    table, indices = args[0], args[1]
+    unknown = [k for k, t in enumerate(indices) if isinstance(t, Tensor) and not _fixed(tr, t)]
+    if len(unknown) != 1 or any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in indices):
+        raise Irregular("several indices that are not constant, or one beside a mask")
+    dim = unknown[0]
+
+    def take(t: Tensor, k: Tensor) -> Tensor:
+        taken: Tensor = func(t, [*indices[:dim], k, *indices[dim + 1 :]])
+        return taken
+
+    return Pick(table, indices[dim], dim, take)
+
+
+PICKS: dict[str, Callable[..., Pick]] = {
+    "embedding": _of_embedding, "gather": _along, "index_select": _along, "index": _of_index,
+}  # fmt: skip
+
+
+def untouched(tr: Tracer, pick: Callable[..., Pick], func: Any, out: Tensor, args: Any) -> Tensor | None:
+    """Ids of what conditioning picks of constants: those of which all candidates are zero are constant. None: not known."""
+    try:
+        p = pick(tr, func, args)
+    except Irregular:
+        return None
+    if not _fixed(tr, p.table) or out.numel() * p.size > LARGEST:
+        return None
+    some = torch.stack([p.take(p.table, torch.full_like(p.index, k)) != 0 for k in range(p.size)]).any(0)
+    return torch.where(some, COND, CONST)
+
+
 def embedding(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     """aten.embedding(weight, index)."""
-    weight, index = args[:2]
-    if _fixed(tr, weight):
-        return embed(tr, weight, index)
-    return choose(tr, "embedding", weight, index, weight.shape[0], 0, lambda t, k: t[k])
+    if _fixed(tr, args[0]):
+        return embed(tr, args[0], args[1])
+    return choose(tr, "embedding", _of_embedding(tr, func, args))
 
 
 def scatter(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -108,31 +166,19 @@ def scatter(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tenso
 def index(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     """x[constant indices], table[sampled index], x[label]."""
     table, indices = args[0], args[1]
-    unknown = [k for k, t in enumerate(indices) if isinstance(t, Tensor) and not _fixed(tr, t)]
-    if not unknown:
+    if all(_fixed(tr, t) for t in indices if isinstance(t, Tensor)):
         moved: Tensor = func(tr.ids(table).contiguous(), indices)
         return moved
     if _fixed(tr, table) and len(indices) == 1:
         return embed(tr, table.reshape(table.shape[0], -1), indices[0])
-    if len(unknown) > 1 or any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in indices):
-        raise Irregular("several indices that are not constant, or one beside a mask")
-    dim = unknown[0]
-
-    def take(t: Tensor, k: Tensor) -> Tensor:
-        taken: Tensor = func(t, [*indices[:dim], k, *indices[dim + 1 :]])
-        return taken
-
-    return choose(tr, "index", table, indices[dim], table.shape[dim], dim, take)
+    return choose(tr, "index", _of_index(tr, func, args))
 
 
 def along(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """gather(x, dim, index) and index_select(x, dim, index)."""
-    table, dim, index = args[0], args[1], args[2]
-    if _fixed(tr, index):
+    if _fixed(tr, args[2]):
         return move(tr, func, out, args, kwargs)
-    dim %= table.dim()
-    name = func.overloadpacket.__name__
-    return choose(tr, name, table, index, table.shape[dim], dim, lambda t, k: func(t, dim, k))
+    return choose(tr, func.overloadpacket.__name__, _along(tr, func, args))
 
 
 LOOKUP: dict[str, Callable[..., Ids]] = {

@@ -98,8 +98,8 @@ def layer_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Id
 
     scale = step("rsqrt", var.shape, [step("affine", var.shape, [var], (1.0, eps))])
     y = step("mul", x.shape, [step("sub", x.shape, [x, mean]), scale])
-    if weight is not None:
-        return affine(tr, "layer_norm", y, weight, bias, list(weight.shape))
+    if weight is not None or bias is not None:
+        return affine(tr, "layer_norm", y, weight, bias, list(args[1]))
     return tr.ids(y)
 
 

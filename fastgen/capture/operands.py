@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastgen.capture.closed_form import ClosedForm, Lanes
-from fastgen.capture.fit import fit, fit_parts, pieces_of
-from fastgen.capture.ids import COND, CONST
+from fastgen.capture.fit import Irregular, fit, fit_parts, pieces_of
+from fastgen.capture.ids import COND, CONST, pack
 from fastgen.capture.shadow import Ids
 from fastgen.capture.tracer import Tracer
 from fastgen.graph.maps import MapNode
-from fastgen.graph.refs import Affine, Operand, Pair, Piece, Ref, runs
+from fastgen.graph.refs import Affine, Operand, Pair, Piece, Ref, Term, runs
+from fastgen.graph.taps import TapsNode
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ def stand_in(tr: Tracer, values: Tensor, ids: Ids) -> Tensor:
 def pieces(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> Operand:
     """Operand pieces of elements [lanes, columns] for a reader that has them at sites (i, j) [columns]."""
     joined, e = _joined(tr, e, i, j, grid)
-    groups, constant = fit(e.ids, i, j)
+    try:
+        groups, constant = fit(e.ids, i, j)
+    except Irregular:
+        e = _patched(tr, e, i, j, grid)
+        groups, constant = fit(e.ids, i, j)
     lanes = _conditioned(e, constant)
     known = {*lanes, *(k for g in joined for k in g.lanes)}
     out = pieces_of(groups, [k for k in constant if k not in known], e.values, i, j, grid)
@@ -90,6 +95,23 @@ def terms(
         ids = ids.clone()
         ids[known] = COND
     return [*groups, *_source(tr, e, lanes, i, j, grid), *joined], ids
+
+
+def _patched(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> Elements:
+    """A copy of lanes that are one layer's at some sites and another's elsewhere, in one node. Raises Irregular."""
+    groups, _ = fit_parts(e.ids, i, j)
+    if bool((e.ids == COND).any()) or len((i << 20 | j).unique()) < len(i):
+        raise Irregular("one channel is conditioning and of several layers at different sites")
+    taps = []
+    for g in groups:
+        weight = torch.zeros(e.ids.shape[0], len(g.lanes))
+        weight[g.lanes, torch.arange(len(g.lanes))] = 1.0
+        taps.append(Term(g.ref, weight))
+    bias = torch.zeros(e.ids.shape[0], *grid)
+    bias[:, i, j] = torch.where(e.ids == CONST, e.values.float(), torch.zeros(()))
+    node = tr.add(TapsNode, "join", e.ids.shape[0], grid, taps=taps, bias=bias if bool(bias.any()) else None)
+    ids = pack(node.index, torch.arange(e.ids.shape[0])[:, None], i[None], j[None])
+    return Elements(e.tensor, ids, e.values)
 
 
 def _as_pieces(groups: list[Lanes]) -> Operand:

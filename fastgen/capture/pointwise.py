@@ -94,6 +94,8 @@ def _spec(
         return ("mul", [a[0], a[0]], ()) if a[1] == 2 else ("powscalar", [a[0]], (float(a[1]),))
     if name == "pow" and not isinstance(a[0], Tensor):
         return "scalarpow", [a[1]], (float(a[0]),)
+    if name == "remainder" and not out.dtype.is_floating_point:
+        return name, list(a), (1.0,)  # of whole numbers
     if name in PLAIN:
         return PLAIN[name], list(a), ()
     big = math.inf
@@ -132,10 +134,10 @@ def _spec(
 
 def emit(
     tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Argument], imm: tuple[float, ...],
-    like: Elements | None = None,
+    like: Elements | None = None, copies: int | None = None,
 ) -> Ids:  # fmt: skip
     """Adds a map node and returns the ids of its result, shaped `shape`. like: elements at whose sites it is, where the
-    operands have none of their own (conditioning and constants)."""
+    operands have none of their own (conditioning and constants). copies: an axis that is known to hold channels."""
     given = [torch.tensor(float(t)) if isinstance(t, int | float) else t for t in operands]
     tensors = [t for t in given if isinstance(t, Tensor)]
     closed = _closed(tr, op, shape, fn, tensors, imm) if len(tensors) == len(given) else None
@@ -143,12 +145,12 @@ def emit(
         return closed
     full = [elements(tr, t).arranged(lambda a: a.expand(shape)) if isinstance(t, Tensor) else t for t in given]
     try:
-        return _emit(tr, op, shape, fn, full, imm, like)
+        return _emit(tr, op, shape, fn, full, imm, like, copies)
     except Irregular:
         again = [relabel(tr, e.values, e.ids) for e in full]
         if all(e.ids is b for e, b in zip(full, again, strict=True)):
             raise
-        return _emit(tr, op, shape, fn, [e.with_ids(b) for e, b in zip(full, again, strict=True)], imm, like)
+        return _emit(tr, op, shape, fn, [e.with_ids(b) for e, b in zip(full, again, strict=True)], imm, like, copies)
 
 
 def _closed(
@@ -192,22 +194,34 @@ def _per_channel(t: Tensor, shape: torch.Size) -> bool:
 
 def _emit(
     tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Elements], imm: tuple[float, ...],
-    like: Elements | None = None,
+    like: Elements | None, known: int | None,
 ) -> Tensor:  # fmt: skip
-    placed = [e.ids for e in operands] + ([] if like is None else [like.ids])
     # Axes of shifted copies of one channel move in sites, as axes of sites do. Where the copies of a site would meet
-    # different constants or operands, they are channels.
-    for copies in (None, *(a for a, n in enumerate(shape) if n > 1)):
-        order = LaneOrder(shape, placed, copies)
-        split = [e.arranged(order.split) for e in operands]
-        keep, i, j = label_columns(order, [order.split(t) for t in placed], tr.data_grid)
-        if not bool(keep.any()):  # every sampled element lies outside
-            return torch.full(shape, CONST)
-        if not bool(keep.all()):
-            split, i, j = [e.columns(keep) for e in split], i[keep], j[keep]
-        if not _clash(i << 20 | j, split):
-            break
-    else:
+    # different constants or operands, or have no regular form, they are channels.
+    failed: Irregular | None = None
+    for copies in (None, *(a for a, n in enumerate(shape) if n > 1)) if known is None else (known,):
+        try:
+            return _laid_out(tr, op, shape, fn, operands, imm, like, copies)
+        except Irregular as error:
+            failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def _laid_out(
+    tr: Tracer, op: str, shape: torch.Size, fn: str, operands: list[Elements], imm: tuple[float, ...],
+    like: Elements | None, copies: int | None,
+) -> Tensor:  # fmt: skip
+    """The node where an axis, `copies`, is one of channels; None: axes are what they look like."""
+    placed = [e.ids for e in operands] + ([] if like is None else [like.ids])
+    order = LaneOrder(shape, placed, copies)
+    split = [e.arranged(order.split) for e in operands]
+    keep, i, j = label_columns(order, [order.split(t) for t in placed], tr.data_grid)
+    if not bool(keep.any()):  # every sampled element lies outside
+        return torch.full(shape, CONST)
+    if not bool(keep.all()):
+        split, i, j = [e.columns(keep) for e in split], i[keep], j[keep]
+    if _clash(i << 20 | j, split):
         raise Irregular("copies of one value meet different constants or conditioning, and cannot be told apart")
     grid: Pair = (int(i.max()) + 1, int(j.max()) + 1)
     found = [pieces(tr, e, i, j, grid) for e in split]

@@ -51,7 +51,9 @@ def inner(tr: Tracer, op: str, a: Elements, b: Elements) -> Tensor:
     if math.prod(shape) > LARGEST:
         raise Irregular(f"a product of {math.prod(shape):.3g} terms; the planner takes up to {LARGEST:.3g}")
     a, b = (e.arranged(lambda t: t.expand(shape)) for e in (a, b))
-    products = stand_in(tr, a.values * b.values, dense(emit(tr, op, shape, "mul", [a, b], ()), shape))
+    products = stand_in(
+        tr, a.values * b.values, dense(emit(tr, op, shape, "mul", [a, b], (), copies=len(shape) - 1), shape)
+    )
     return reduce_last(tr, op, "sum", elements(tr, products))
 
 

@@ -45,7 +45,7 @@ class Tracer(ShadowMemory):
         self.call: tuple[str, str, int] = ("", "", 0)
         self.call_args: list[Tensor] = []
         self._sources: dict[Any, list[tuple[Tensor, int]]] = {}
-        self._kept: list[Tensor] = []
+        self._kept: list[torch.UntypedStorage] = []
 
     def enter(self, name: str, tensors: list[Tensor]) -> None:
         """An operation of forward begins (inside a decomposition: another part of the running one)."""
@@ -166,7 +166,7 @@ class Tracer(ShadowMemory):
             tensor_shape=tuple(t.shape),
         )
         self._sources.setdefault(same, []).append((index, node.index))
-        self._kept.append(t)  # so that no other tensor takes its storage's place
+        self._kept.append(t.untyped_storage())  # so that no other takes its place
         return node.index
 
     def _argument(self, t: Tensor, index: Tensor) -> tuple[int, Tensor]:
@@ -182,7 +182,8 @@ class Tracer(ShadowMemory):
                 if bool((found < a.numel()).all()):
                     return k, found
         raise UnsupportedError(
-            f"{self.path.current}: {self.call[1]} uses conditioning inside a composite operation; compute it outside"
+            f"{self.path.current}: torch takes {self.call[1]} apart, and computes with conditioning in between; write it out "
+            "with simpler operations"
         )
 
 

@@ -54,6 +54,11 @@ BINARY: dict[str, Callable[..., Range]] = {
 }  # fmt: skip
 
 
+def _whole_remainder(b: tuple[float, float]) -> Range:
+    """Of whole numbers."""
+    return None if b[0] <= 0 <= b[1] else (min(b[0] + 1, 0.0), max(b[1] - 1, 0.0))
+
+
 def range_of_map(fn: str, operands: list[Range], imm: tuple[float, ...]) -> Range:
     """The range of fn(operands; imm), a function of csrc/functions.def."""
     if fn in BOUNDED:
@@ -71,6 +76,8 @@ def range_of_map(fn: str, operands: list[Range], imm: tuple[float, ...]) -> Rang
     if len(known) < len(operands) or not known:
         return None
     a = known[0]
+    if fn == "remainder" and imm:
+        return _whole_remainder(known[1])
     if fn in BINARY:
         return BINARY[fn](a, known[1])
     if fn in ROUNDED and all(map(math.isfinite, a)):

@@ -52,9 +52,11 @@ class Programs:
         planned = plan.spec.grid[1]
         if not plan.schedule.sequence:
             if length not in (None, planned):
+                why = "forward does not do the same at every site, or at every length"
+                if planned < SHORT:
+                    why = f"it was compiled with fewer than {SHORT}"
                 raise UnsupportedError(
-                    f"length {length}: the plan holds for {planned} sites only (as forward does not do the same at every "
-                    f"site, or as it was compiled with fewer than {SHORT}); compile with a shape of that length"
+                    f"length {length}: the plan holds for {planned} sites only, as {why}; compile with a shape of that length"
                 )
             return None
         if length is not None and length > planned and planned < 2 * plan.reach:
