@@ -25,6 +25,7 @@ from fastgen.spec import Spec
 from fastgen.teacher_forced import by_step, forward_parameters
 from fastgen.variations import batched
 
+RANDOM = "forward gives different results on the same input: it is random even in eval mode (dropout?)"
 MIXES = (
     "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or conditioning of the "
     "first used for all of them? a batch that is not the first axis?)"
@@ -89,9 +90,7 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
 def _check_repeats(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Tensor) -> None:
     """Raises UnsupportedError where forward gives other parameters the next time."""
     if not torch.equal(params, forward_parameters(model, spec, spec.example_values(len(params)), cond)):
-        raise UnsupportedError(
-            "forward gives different results on the same input: it is random even in eval mode (dropout?)"
-        )
+        raise UnsupportedError(RANDOM)
 
 
 def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Tensor | None = None) -> None:

@@ -17,7 +17,7 @@ from fastgen import rng
 from fastgen.backends.base import CompiledExecutor, Executor
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.request import Request
-from fastgen.diagnose import MIXES, check_logits
+from fastgen.diagnose import MIXES, RANDOM, check_logits
 from fastgen.errors import ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, refused
 from fastgen.graph.node import Graph
@@ -185,7 +185,8 @@ def _verify(
     single = true if alone is None or len(true) == 1 else alone(values[:1].nan_to_num(0.0))
     noise = _rounding(spec, single, fine, values.nan_to_num(0.0)) if noise is None else noise
     if _relative(true[: len(single)], single) > max(TOLERANCE, ROUNDINGS * noise[0]):
-        raise UnsupportedError(MIXES)
+        again = truth(values.nan_to_num(0.0))
+        raise UnsupportedError(MIXES if torch.equal(again, true) else RANDOM)
     error, apart = _relative(params, true), torch.where(params == true, 0.0, (params - true).abs())
     distance = float(spec.head.distance(true, params).max())
     differ, ties = _draws(spec, request, values, params, true)
