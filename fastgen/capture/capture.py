@@ -101,7 +101,7 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
     by_phase = e.arranged(lambda t: t[0].permute(2, 0, 1, 3).reshape(phases, height * width, count))
     for f in range(phases):
         try:
-            operand = pieces(tr, by_phase.lane(f).arranged(lambda t: t[0].t()), i, j, (height, width))
+            operand = pieces(tr, by_phase.lanes([f]).arranged(lambda t: t[0].t()), i, j, (height, width))
         except Irregular as error:
             raise UnsupportedError(f"forward's output: {error}") from error
         params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[operand]).index)

@@ -39,7 +39,7 @@ def embed(tr: Tracer, table: Tensor, index: Tensor) -> Tensor:
     result = torch.full((width, *index.shape), CONST)
     rows = [torch.full((order.lanes, order.columns), CONST) for _ in range(width)]
     for lane in range(order.lanes):
-        own = e.lane(lane)
+        own = e.lanes([lane])
         operand = pieces(tr, Elements(own.tensor, own.ids, own.values.float(), own.where), i, j, grid)
         tr.check_lookup(operand, table.shape[0])
         node = tr.add(EmbedNode, "embedding", width, grid, table=table.detach().clone(), operands=[operand])

@@ -42,9 +42,9 @@ class Elements:
         """Those of some columns, of elements [lanes, columns]."""
         return self.arranged(lambda t: t[:, keep])
 
-    def lane(self, k: int) -> Elements:
-        """One lane [1, columns]."""
-        return self.arranged(lambda t: t[k : k + 1])
+    def lanes(self, keep: list[int]) -> Elements:
+        """Some lanes [n, columns]."""
+        return self.arranged(lambda t: t[keep])
 
     def with_ids(self, ids: Tensor) -> Elements:
         """The same elements known by other ids."""
@@ -153,16 +153,21 @@ def _joined(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> tuple[
     lanes = (conditional.any(1) & ((e.ids >= 0) | (e.where < 0)).any(1)).nonzero()[:, 0].tolist()
     if not lanes:
         return [], e
-    own, mask = e.arranged(lambda t: t[lanes]), torch.zeros(len(lanes), *grid)
-    mask[:, i, j] = conditional[lanes].float()
-    every = torch.arange(len(lanes)).tolist()
-    given = _as_pieces(_source(tr, own, every, i, j, grid))
-    constant = own.ids == CONST
-    fill = own.values.gather(1, constant.int().argmax(1, keepdim=True)) * constant.any(1, keepdim=True)
-    values = torch.where(conditional[lanes], fill, own.values)  # what is not to show there may be anything
-    rest = Elements(own.tensor, torch.where(conditional[lanes], CONST, own.ids), values)
-    operands = [[Piece(0, len(lanes), const=mask)], given, pieces(tr, rest, i, j, grid)]
-    node = tr.add(MapNode, "join", len(lanes), grid, fn="where", operands=operands)
+    groups = []
+    patterns, which = torch.unique(conditional[lanes], dim=0, return_inverse=True)
+    for k, given in enumerate(patterns):
+        here = [lane for lane, n in zip(lanes, which.tolist(), strict=True) if n == k]
+        own, every = e.lanes(here), list(range(len(here)))
+        mask = torch.zeros(len(here), *grid)
+        mask[:, i[given], j[given]] = 1.0
+        rest = own.columns(~given)  # what is not to show may be anything
+        operands = [
+            [Piece(0, len(here), const=mask)],
+            _as_pieces(_source(tr, own, every, i, j, grid)),
+            pieces(tr, Elements(rest.tensor, rest.ids, rest.values), i[~given], j[~given], grid),
+        ]
+        node = tr.add(MapNode, "join", len(here), grid, fn="where", operands=operands)
+        groups.append(Lanes(here, Ref(node.index, tuple(every), Affine(hi=grid))))
     ids = e.ids.clone()
     ids[lanes] = CONST
-    return [Lanes(lanes, Ref(node.index, tuple(every), Affine(hi=grid)))], e.with_ids(ids)
+    return groups, e.with_ids(ids)
