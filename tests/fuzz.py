@@ -27,7 +27,7 @@ import fastgen
 from fastgen.errors import FastgenError, NotCausalError, UnsupportedError, VerifyError
 from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, LogisticMixture
 from tests.cases import Case, changed
-from tests.oracle import assert_same_samples, at_length, slow_sample, values_of
+from tests.oracle import assert_same_samples, at_length, noise_of, parameters, slow_sample, values_of
 
 Function = Callable[[Tensor], Tensor]
 
@@ -271,9 +271,20 @@ def reads_the_future(case: Case) -> bool:
 
 
 def _parameters(case: Case, model: nn.Module, values: Tensor) -> Tensor:
-    from tests.oracle import parameters
-
     return parameters(case, model, values, case.conds(2))
+
+
+def _assert_same(case: Case, ours: Tensor, slow: Tensor, params: Tensor) -> None:
+    """Samples are the slow loop's. Continuous ones may run apart where a step makes more of what the last one rounded: then
+    each of their steps must be what forward gives for those before."""
+    try:
+        assert_same_samples(case, ours, slow, params, 11)
+    except AssertionError:
+        if case.head.discrete or case.head.grid_levels:
+            raise
+        truth = parameters(case, case.build().eval(), ours, case.conds(len(ours)))
+        again = case.head.draw(truth, noise_of(case, len(ours), 11))
+        torch.testing.assert_close(case.by_step(ours), again, atol=1e-4, rtol=1e-4)
 
 
 def outcome(seed: int) -> str:
@@ -307,7 +318,7 @@ def outcome(seed: int) -> str:
             ours = sampler.sample(
                 3, seed=11, cond=case.conds(3) or None, length=None if length == case.shape[-1] else length
             )
-            assert_same_samples(wanted, values_of(wanted, ours), slow, params, 11)
+            _assert_same(wanted, values_of(wanted, ours), slow, params)
         except AssertionError as error:
             return f"WRONG {error}"
         except FastgenError as error:
