@@ -16,8 +16,8 @@ from fastgen.capture.capture import capture
 from fastgen.capture.ids import col_of, row_of
 from fastgen.capture.tracer import Tracer
 from fastgen.checks import check_drawn
-from fastgen.errors import FastgenError, UnsupportedError
-from fastgen.forward import FORWARD_ERRORS
+from fastgen.errors import FastgenError, ShapeError, UnsupportedError
+from fastgen.forward import FORWARD_ERRORS, refused
 from fastgen.graph.node import Graph, Node
 from fastgen.graph.sources import CondNode, InputNode
 from fastgen.plan.plan import Plan
@@ -49,6 +49,19 @@ def check_logits(spec: Spec, graph: Graph, true: Tensor) -> None:
         raise UnsupportedError(
             f"forward returns probabilities (its outputs are {what}), and {spec.head.name} takes logits; return {cure}"
         )
+
+
+def of_batch(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...]) -> Tensor:
+    """Forward's parameters for several samples. Raises ShapeError where it does not take so many."""
+    try:
+        return forward_parameters(model, spec, values, cond)
+    except FORWARD_ERRORS as error:
+        if isinstance(error, FastgenError) or len(values) == 1:
+            raise
+        raise ShapeError(
+            f"{refused(spec.encode(values), cond, error)}; it takes one sample but not {len(values)} at once: does it keep "
+            "something of the size of the first batch that it saw, or of the batch that it was traced with?"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -100,7 +113,7 @@ def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Ten
     """
     n = next((len(c) for c in cond if batched(c)), 2)
     values = spec.example_values(n)
-    params = forward_parameters(model, spec, values, cond) if params is None else params
+    params = of_batch(model, spec, values, cond) if params is None else params
     for k in range(n):
         one = tuple(c[k : k + 1] if batched(c) else c for c in cond)
         alone = forward_parameters(model, spec, values[k : k + 1], one)

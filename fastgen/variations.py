@@ -32,14 +32,14 @@ def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
 def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[Any, ...]:
     """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1); in no order."""
     found = [cond]
-    for changes in (UPWARDS, DOWNWARDS):
-        last: tuple[Any, ...] | None = cond
-        while len(found) < n and last is not None:
-            last = another(model, spec, last, changes)
-            if last is not None and not any(_alike(last, f) for f in found):
-                found.append(last)
-            elif last is not None:
+    for changes, most in ((UPWARDS, 2), (DOWNWARDS, n), (UPWARDS, n)):  # a step up, some down, the rest up
+        last = cond
+        for _ in range(2 * n):
+            following = another(model, spec, last, changes) if len(found) < most else None
+            if following is None:
                 break
+            last = following
+            found += [last] if not any(_alike(last, f) for f in found) else []
     chosen = [found[k % len(found)] for k in sorted(range(n), key=lambda k: (k % 2 == 0, k))]
     return tuple(torch.cat([f[k] for f in chosen]) if batched(c) else c for k, c in enumerate(cond))
 

@@ -17,9 +17,9 @@ from fastgen import rng
 from fastgen.backends.base import CompiledExecutor, Executor
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.request import Request
-from fastgen.diagnose import MIXES, RANDOM, check_logits
-from fastgen.errors import ShapeError, UnsupportedError
-from fastgen.forward import FORWARD_ERRORS, refused
+from fastgen.diagnose import MIXES, RANDOM, check_logits, of_batch
+from fastgen.errors import UnsupportedError
+from fastgen.forward import FORWARD_ERRORS
 from fastgen.graph.node import Graph
 from fastgen.program.programs import RoundedPrograms
 from fastgen.spec import Spec
@@ -76,17 +76,7 @@ class VerifyReport:
 
 def forward_truth(model: nn.Module, spec: Spec, request: Request) -> Truth:
     """Forward itself, on the values of a request's samples. Raises ShapeError where it does not take so many."""
-
-    def truth(values: Tensor) -> Tensor:
-        try:
-            return forward_parameters(model, spec, values, request.cond)
-        except FORWARD_ERRORS as error:
-            raise ShapeError(
-                f"{refused(spec.encode(values), request.cond, error)}; it takes one sample but not {len(values)} at once: does "
-                "it keep something of the size of the first batch that it saw?"
-            ) from error
-
-    return truth
+    return lambda values: of_batch(model, spec, values, request.cond)
 
 
 def precise_truth(model: nn.Module, spec: Spec, request: Request) -> Truth | None:

@@ -148,7 +148,9 @@ class Conditioning:
     def __init__(self, model: nn.Module, spec: Spec, graph: Graph) -> None:
         self.model, self.spec, self.graph = model, spec, graph
         reached = graph.reached()
-        self._limits = [limit for limit in graph.limits if reached.issuperset(limit.nodes)]
+        self._limits = [
+            (limit, graph.conditioned(limit.nodes)) for limit in graph.limits if reached.issuperset(limit.nodes)
+        ]
         self._known: Kept[bytes, list[Tensor]] = Kept(REMEMBERED)
         self._shapes: Kept[Any, Shapes] = Kept(FORMS)
 
@@ -189,7 +191,9 @@ class Conditioning:
         if not self._limits:
             return
         ranges = Ranges(self.graph.nodes, self.graph.given, {k: of_values(a) for k, a in arrays.items()})
-        for limit in self._limits:
+        for limit, sources in self._limits:
+            if not arrays.keys() >= sources:  # no output reads it: it is never computed
+                continue
             found = ranges.of(limit.nodes)
             if found is None or found[0] < limit.low or found[1] > limit.high:
                 given = "without limits" if found is None else f"from {found[0]:g} to {found[1]:g}"

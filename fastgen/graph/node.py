@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -72,6 +72,7 @@ class Node(ABC):
     up: Pair = (1, 1)  # sites are computed parity by parity: q * up + parity
 
     source: ClassVar[bool] = False  # known before the program runs, or written by the draw: nothing to execute
+    of_call: ClassVar[bool] = False  # a source that conditioning fills
     linear: ClassVar[bool] = False  # a sum of weighted terms, which an op's linear part computes
 
     @property
@@ -152,15 +153,20 @@ class Graph:
     limits: list[Limit] = field(default_factory=list)
     given: tuple[float, float] | None = None  # between which two numbers the sampled tensor's lie
 
-    def reached(self) -> set[int]:
-        """The nodes that parameters depend on."""
-        todo, seen = list(self.params), set(self.params)
+    def reached(self, start: Iterable[int] | None = None) -> set[int]:
+        """The nodes that parameters, or some nodes, depend on; these included."""
+        todo = list(self.params if start is None else start)
+        seen = set(todo)
         while todo:
             for read in self.nodes[todo.pop()].reads():
                 if read.ref.node not in seen:
                     seen.add(read.ref.node)
                     todo.append(read.ref.node)
         return seen
+
+    def conditioned(self, start: Iterable[int]) -> set[int]:
+        """The sources of conditioning that some nodes depend on."""
+        return {k for k in self.reached(start) if self.nodes[k].of_call}
 
     def made_by_map(self, index: int) -> bool:
         """Whether a node is the result of a function of one value, under whatever names it was passed on."""

@@ -58,6 +58,8 @@ class InputNode(Source):
 class CondNode(Source):
     """Values that depend on conditioning alone, from a run of forward at call time (backends/conditioning.py)."""
 
+    of_call: ClassVar[bool] = True
+
     point: int = -1
     gather: Tensor = field(default_factory=lambda: torch.empty(0))  # [C, H, W] flat index into the batch-1 tensor
     tensor_shape: tuple[int, ...] = ()
