@@ -88,7 +88,7 @@ def _next(c: Tensor) -> Tensor:
 def _before(c: Tensor) -> Tensor:
     if c.dtype == torch.bool:
         return c.roll(1, -1)
-    return c * 0.5 - 0.375 if c.is_floating_point() else (c - 1).clamp(min=0)
+    return c * 0.5 - 0.375 if c.is_floating_point() or c.is_complex() else (c - 1).clamp(min=0)
 
 
 def _rolled(c: Tensor) -> Tensor:
