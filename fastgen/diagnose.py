@@ -23,7 +23,7 @@ from fastgen.graph.sources import CondNode, InputNode
 from fastgen.plan.plan import Plan
 from fastgen.spec import Spec
 from fastgen.teacher_forced import by_step, forward_parameters
-from fastgen.variations import batched
+from fastgen.variations import batched, several
 
 RANDOM = "forward gives different results on the same input: it is random even in eval mode (dropout?)"
 MIXES = (
@@ -96,30 +96,31 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
     if bool(first.isnan().any()):
         where = f"layer {culprit[0]}" if culprit and culprit[0] else "its own code"
         raise UnsupportedError(f"forward gives NaN, from {where} on")
-    _check_repeats(model, spec, cond, first)
-    check_apart(model, spec, cond, first)
-
-
-def _check_repeats(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Tensor) -> None:
-    """Raises UnsupportedError where forward gives other parameters the next time."""
-    if not torch.equal(params, forward_parameters(model, spec, spec.example_values(len(params)), cond)):
+    if not torch.equal(first, forward_parameters(model, spec, values, cond)):
         raise UnsupportedError(RANDOM)
+    alone = [
+        forward_parameters(model, spec, values[k : k + 1], tuple(c[k : k + 1] if batched(c) else c for c in cond))
+        for k in range(request.slots)
+    ]
+    _compare_apart(model, spec, values, cond, first, torch.cat(alone))
 
 
-def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], params: Tensor | None = None) -> None:
-    """Raises UnsupportedError where forward does not treat the samples of a batch apart, each with conditioning of its own.
+def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> None:
+    """Raises UnsupportedError where forward does not treat n samples of a batch apart that have conditioning of their own;
+    cond: one's (batch 1). What they are made of is looked at by the proof."""
+    conds, alone = several(model, spec, cond, n)
+    values = spec.example_values(1).expand(n, -1, -1)
+    _compare_apart(model, spec, values, conds, of_batch(model, spec, values, conds), alone)
 
-    cond: of as many samples as there are to be. params: what forward gives for the example values of so many.
-    """
-    n = next((len(c) for c in cond if batched(c)), 2)
-    values = spec.example_values(n)
-    params = of_batch(model, spec, values, cond) if params is None else params
-    for k in range(n):
-        one = tuple(c[k : k + 1] if batched(c) else c for c in cond)
-        alone = forward_parameters(model, spec, values[k : k + 1], one)
-        if float((params[k : k + 1] - alone).abs().max()) > 1e-3 * max(1.0, float(alone.abs().max())):
-            _check_repeats(model, spec, cond, params)
-            raise UnsupportedError(MIXES)
+
+def _compare_apart(
+    model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...], params: Tensor, alone: Tensor
+) -> None:
+    """Raises UnsupportedError where parameters [n, steps, P] of a batch are not those of each sample alone."""
+    off = (params - alone).abs().flatten(1).amax(1) > 1e-3 * alone.abs().flatten(1).amax(1).clamp(min=1)
+    if bool(off.any()):
+        again = forward_parameters(model, spec, values, cond)
+        raise UnsupportedError(MIXES if torch.equal(params, again) else RANDOM)
 
 
 def check_drift(model: nn.Module, spec: Spec, executor: Executor, request: Request) -> None:

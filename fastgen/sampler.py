@@ -28,7 +28,7 @@ from fastgen.progress import Bar, Callback
 from fastgen.rng import seed_of
 from fastgen.spec import Spec
 from fastgen.stream import stream
-from fastgen.variations import batched, several, variations
+from fastgen.variations import batched, variations
 from fastgen.verify import VerifyReport, verify
 from fastgen.view import neutral, private_view, unwrapped
 
@@ -209,7 +209,7 @@ class Sampler:
         self._check_weights()
         if any(map(batched, self.example)):
             cond, at = tuple(c[:1] if batched(c) else c for c in self.example), self._spec_at(self._proof_length())
-            check_apart(self.on_cpu, at, several(self.on_cpu, at, cond, APART))
+            check_apart(self.on_cpu, at, cond, APART)
         return self._verify(n, seed, self._proof_length() if length is None else length, temperature)
 
     @neutral()

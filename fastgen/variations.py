@@ -29,19 +29,22 @@ def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
     return replace(request, cond=cond, given=given, mask=mask)
 
 
-def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1); in no order."""
-    found = [cond]
+def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[tuple[Any, ...], Tensor]:
+    """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1), in no order; and what
+    forward gives for the first example values with each of them alone: [n, steps, P]."""
+    x = spec.example_values(1)
+    found = [(cond, forward_parameters(model, spec, x, cond))]
     for changes, most in ((UPWARDS, 2), (DOWNWARDS, n), (UPWARDS, n)):  # a step up, some down, the rest up
         last = cond
         for _ in range(2 * n):
-            following = another(model, spec, last, changes) if len(found) < most else None
+            following = _another(model, spec, last, changes) if len(found) < most else None
             if following is None:
                 break
-            last = following
-            found += [last] if not any(_alike(last, f) for f in found) else []
+            last = following[0]
+            found += [following] if not any(_alike(last, f) for f, _ in found) else []
     chosen = [found[k % len(found)] for k in sorted(range(n), key=lambda k: (k % 2 == 0, k))]
-    return tuple(torch.cat([f[k] for f in chosen]) if batched(c) else c for k, c in enumerate(cond))
+    conds = tuple(torch.cat([f[k] for f, _ in chosen]) if batched(c) else c for k, c in enumerate(cond))
+    return conds, torch.cat([params for _, params in chosen])
 
 
 def _in_turn(other: Tensor, c: Tensor) -> Tensor:
@@ -55,20 +58,27 @@ def batched(c: Any) -> bool:
     return isinstance(c, Tensor) and c.dim() > 0
 
 
-def another(
-    model: nn.Module, spec: Spec, cond: tuple[Any, ...], changes: tuple[Callable[[Tensor], Tensor], ...] = ()
-) -> tuple[Any, ...] | None:
+def another(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Conditioning unlike this one (batch 1) that forward takes, and of which its parameters are finite; None: not found."""
+    found = _another(model, spec, cond, (*UPWARDS, *DOWNWARDS, _rolled))
+    return None if found is None else found[0]
+
+
+def _another(
+    model: nn.Module, spec: Spec, cond: tuple[Any, ...], changes: tuple[Callable[[Tensor], Tensor], ...]
+) -> tuple[tuple[Any, ...], Tensor] | None:
+    """The same by some changes, and its parameters [1, steps, P]."""
     x = spec.example_values(1)
-    for change in changes or (*UPWARDS, *DOWNWARDS, _rolled):
+    for change in changes:
         tried = tuple(change(c) if batched(c) else c for c in cond)
         if _alike(tried, cond):
             continue
         try:
-            if bool(forward_parameters(model, spec, x, tried).isfinite().any()):
-                return tried
+            params = forward_parameters(model, spec, x, tried)
         except Exception:  # a label that there is not, for one
             continue
+        if bool(params.isfinite().any()):
+            return tried, params
     return None
 
 
