@@ -134,7 +134,7 @@ class Head(ABC):
         """
         params, uniforms, temperature = self._checked(params, uniforms, temperature)
         value = self._draw(params, uniforms, temperature, known)
-        value = torch.where(value.isfinite(), value, math.nan)
+        value = torch.where(value.to(torch.float32).isfinite(), value, math.nan)  # as executors have it
         if known is not None:
             value = torch.where(known.isnan(), value, known)
         return value.to(torch.float32)
