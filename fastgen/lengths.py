@@ -85,11 +85,12 @@ class Looked:
 
     def __init__(self, model: nn.Module, plan: Plan, sites: int, example: tuple[Any, ...]) -> None:
         """sites, example: the length and the conditioning of compile."""
-        self.model, self.plan, self.sites, self.example = model, plan, sites, example
+        self.model, self.plan, self.sites, self._flat = model, plan, sites, tuple(map(_flat, example))
         self.free = False  # forward takes any length with the same conditioning
         self.own = _form(sites, example)
         self.seen: Kept[tuple[int, ...], bool] = Kept(1024)
         self.low = self.high = self.own
+        self._own_params: Tensor | None = None  # what forward gives at the length of compile
 
     def check(self, spec: Spec, cond: tuple[Any, ...], prove: Callable[[], VerifyReport]) -> None:
         """Raises UnsupportedError where forward does something else than the plan at spec's length, or with conditioning (batch
@@ -106,7 +107,7 @@ class Looked:
         short = spec.sites[0] <= self.plan.spec.sites[0] // 2  # of which most goes with the end
         between = all(a <= k <= b for a, k, b in zip(self.low, form, self.high, strict=True)) and self.low != self.high
         if free:
-            self._ask(spec, cond)
+            self._ask(spec)
         if short or not (free or between):
             report = prove()
             if not report.ok:
@@ -115,14 +116,15 @@ class Looked:
             self.high = tuple(map(max, self.high, form))
         self.seen.put(form, True)
 
-    def _ask(self, spec: Spec, cond: tuple[Any, ...]) -> None:
+    def _ask(self, spec: Spec) -> None:
         reach, planned = self.plan.receptive_field[-1], self.plan.spec.sites[0]
         spec = spec.at_length(min(spec.sites[0], LONGEST))
-        own, flat = spec.at_length(min(self.sites, LONGEST)), tuple(map(_flat, cond))
         try:
-            here, there = (_periodic(self.model, at, flat) for at in (spec, own))
+            if self._own_params is None:
+                self._own_params = _periodic(self.model, spec.at_length(min(self.sites, LONGEST)), self._flat)
+            here, there = _periodic(self.model, spec, self._flat), self._own_params
         except FORWARD_ERRORS as error:
-            raise refused(spec.encode(spec.example_values(1)), cond, error) from error
+            raise refused(spec.encode(spec.example_values(1)), self._flat, error) from error
         odd = _first_odd(here, reach, planned)
         if odd is None:
             both = min(len(here), len(there)) - planned // 4
