@@ -31,6 +31,7 @@ from fastgen.view import copied
 TOLERANCE = 1e-5
 ROUNDINGS = 8  # times forward's own rounding error may stepping be off
 MOST_ROUNDING = 2e-3  # of a parameter: float32 forward is off by no more, unless it is off for another reason
+LOW_ROUNDING = 0.1  # the same of an executor that rounds activations to low precision
 PRECISE_SITES = 512  # of a sequence: enough to see how it rounds
 TIES = 3  # decisions within an error of a boundary that are always granted; and so many times as many as are expected
 TIES_EXPECTED = 4
@@ -173,7 +174,9 @@ def _verify(
     values, params = values.cpu(), params.cpu()
     true = truth(values.nan_to_num(0.0))  # where parameters are no distribution there is nothing to compare
     single = true if alone is None or len(true) == 1 else alone(values[:1].nan_to_num(0.0))
-    noise = _rounding(spec, single, fine, values.nan_to_num(0.0)) if noise is None else noise
+    if noise is None:
+        most = LOW_ROUNDING if alone is None else MOST_ROUNDING
+        noise = _rounding(spec, single, fine, values.nan_to_num(0.0), most)
     if _relative(true[: len(single)], single) > max(TOLERANCE, ROUNDINGS * noise[0]):
         again = truth(values.nan_to_num(0.0))
         raise UnsupportedError(MIXES if torch.equal(again, true) else RANDOM)
@@ -204,7 +207,7 @@ def _relative(params: Tensor, true: Tensor) -> float:
     return float(off.nan_to_num(float("inf")).max())
 
 
-def _rounding(spec: Spec, true: Tensor, precise: Truth | None, values: Tensor) -> Noise:
+def _rounding(spec: Spec, true: Tensor, precise: Truth | None, values: Tensor, most: float) -> Noise:
     """Forward's own rounding: the largest relative one of a parameter, and the largest of a step's distribution; at least
     what two units in the last place of every parameter come to."""
     signs = torch.ones(true.shape[-1]).cumsum(0) % 2 * 2 - 1
@@ -217,7 +220,7 @@ def _rounding(spec: Spec, true: Tensor, precise: Truth | None, values: Tensor) -
         return least
     true = true[: fine.shape[0], : fine.shape[1]]
     found = _relative(true, fine), float(spec.head.distance(fine, true).max())
-    if not found[0] < MOST_ROUNDING:  # that is something else
+    if not found[0] < most:  # that is something else
         return least
     return max(least[0], found[0]), max(least[1], found[1])
 
@@ -236,4 +239,6 @@ def _draws(spec: Spec, request: Request, values: Tensor, params: Tensor, true: T
     if not bool(differ.any()):
         return 0, 0
     explained = head.near_tie(true[differ], params[differ], u[differ], drawn[differ], request.temperature)
+    if known is not None:  # what is given is kept, or it is a fault
+        explained &= ~((known != drawn) & ~known.isnan())[differ].any(-1)
     return int(differ.sum()), int(explained.sum())

@@ -148,15 +148,23 @@ def test_parameters_lost_by_the_executor(monkeypatch):
         fastgen.compile(Delayed(4), (1, 32), CAT, threads=1)
 
 
-@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "naive"])
 def test_the_last_report_cancels(backend):
     """The last report is of all steps; False at it cancels."""
-    sampler = sampler_of(Delayed(4), CAT, backend=backend) if backend != "cpu" else sampler_of(Delayed(4), CAT)
+    sampler = sampler_of(Delayed(4), CAT, backend=backend)
     seen = []
     sampler.sample(2, callback=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (64, 64)
     with pytest.raises(fastgen.Cancelled):
         sampler.sample(2, callback=lambda done, total: done < total)
+
+
+def test_given_values_in_a_short_sequence():
+    """A value that is drawn where one is given is no near tie."""
+    sampler = fastgen.compile(Delayed(4), (1, 6), CAT, threads=1, verify=False)
+    run = sampler.executor.run
+    sampler.executor.run = lambda request: run(replace(request, given=None, mask=None))
+    assert not sampler.verify().ok
 
 
 def test_the_last_bytes_of_any_size():

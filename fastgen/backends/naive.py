@@ -67,4 +67,6 @@ class NaiveExecutor(Executor):
             u = rng.uniforms(r.seed, samples, t, head.num_uniforms(spec.channels))
             value = head.draw(theta, u, r.temperature, r.known(site, which))
             out[:, site, which] = value
+        if r.progress is not None and r.progress(spec.steps) is False:
+            raise Cancelled
         return out, params

@@ -191,6 +191,8 @@ class ReferenceExecutor(CompiledExecutor):
             value = head.draw(theta.cpu(), u, r.temperature, r.known(site, which))
             out[:, site, which] = value
             self._write(m, site, which, value)
+        if r.progress is not None and r.progress(p.steps) is False:
+            raise Cancelled
         return out, params
 
     def _params(self, m: Machine, site: int, phase: int) -> Tensor:
