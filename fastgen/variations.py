@@ -32,12 +32,11 @@ def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
 def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[tuple[Any, ...], Tensor]:
     """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1), in no order; and what
     forward gives for the first example values with each of them alone: [n, steps, P]."""
-    x = spec.example_values(1)
-    found = [(cond, forward_parameters(model, spec, x, cond))]
-    for changes, most in ((UPWARDS, 2), (DOWNWARDS, n), (UPWARDS, n)):  # a step up, some down, the rest up
+    found = [(cond, forward_parameters(model, spec, spec.example_values(1), cond))]
+    for change, most in ((_next, 2), (_before, n), (_next, n)):  # a step up, some down, the rest up
         last = cond
         for _ in range(2 * n):
-            following = _another(model, spec, last, changes) if len(found) < most else None
+            following = _another(model, spec, last, (change,)) if len(found) < most else None
             if following is None:
                 break
             last = following[0]
@@ -60,7 +59,7 @@ def batched(c: Any) -> bool:
 
 def another(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Conditioning unlike this one (batch 1) that forward takes, and of which its parameters are finite; None: not found."""
-    found = _another(model, spec, cond, (*UPWARDS, *DOWNWARDS, _rolled))
+    found = _another(model, spec, cond, (_next, _before, _rolled))
     return None if found is None else found[0]
 
 
@@ -103,6 +102,3 @@ def _before(c: Tensor) -> Tensor:
 
 def _rolled(c: Tensor) -> Tensor:
     return c.roll(1, -1)
-
-
-UPWARDS, DOWNWARDS = (_next,), (_before,)

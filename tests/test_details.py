@@ -20,14 +20,12 @@ import fastgen.verify as v
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.diagnose import _Replay
 from fastgen.errors import ShapeError, UnsupportedError, VerifyError
-from fastgen.fingerprint import Mark
 from fastgen.heads import Categorical, GaussianMixture, Head
 from fastgen.native import native
 from fastgen.nn import MaskedLinear, fuse_
 from fastgen.train.state import write_text
 from fastgen.view import copied, private_view
 from tests.test_closed_world import Floats, law
-from tests.test_conditioning import each, followed
 from tests.test_heads import record
 from tests.test_nn_life import Block, X
 from tests.test_proof import Delayed, planted, sampler_of
@@ -167,20 +165,6 @@ def test_given_values_in_a_short_sequence():
     assert not sampler.verify().ok
 
 
-def test_the_last_bytes_of_any_size():
-    for n in (1, 5, 17, 64, 100):
-        t = torch.zeros(n, dtype=torch.uint8)
-        a = Mark.of(t)
-        t[-1] = 1
-        assert Mark.of(t) != a, n
-
-
-def test_rows_that_change_places():
-    t = torch.arange(64.0)
-    a = Mark.of(t)
-    assert Mark.of(t.view(4, 16).flip(0).reshape(-1)) != a
-
-
 class Scaled(Delayed):
     def __init__(self, use):
         super().__init__(4)
@@ -269,46 +253,6 @@ def test_the_same_question_twice():
     law(Floats(use))
 
 
-def _conv(m, h, c):
-    both = torch.cat([h, m.table[c][:, :, None].expand_as(h)], 1)
-    w = torch.cat([m.many[c][0], m.many[c][0].T], 1)
-    return F.conv1d(both, torch.stack([w, -w], -1), padding=1)[..., : h.shape[2]]
-
-
-def test_padding_around_conditioning():
-    followed(each(_conv))
-
-
-def _token(m, h, c):
-    t = torch.cat([m.table[c][:, :, None], h], 2)[..., :-1]
-    return F.conv1d(t, torch.stack([m.many[c][0], m.many[c][0].T], -1), padding=1)[..., : h.shape[2]]
-
-
-def test_padding_in_front_of_a_token():
-    followed(each(_token))
-
-
-def test_copies_times_constants():
-    def use(h):
-        wide = F.conv1d(F.pad(h, (3, 0)), torch.eye(8)[:, :, None].repeat(1, 1, 2))
-        copies = torch.stack([wide[..., k : k + h.shape[2]] for k in range(3)], 1)
-        return (copies * torch.tensor([1.0, 2.0, 3.0])[:, None, None]).sum(1)
-
-    law(Floats(use))
-
-
-def test_conditioning_written_between_samples():
-    def use(m, h, c):
-        h = h.clone()
-        for k in range(len(h)):
-            h[k, 1].fill_(m.table[c][k, 0])
-        if not (h[:, 2:4].abs() > 0).any():
-            raise ValueError("nothing there")
-        return h + m.table[c][:, :, None]
-
-    followed(use)
-
-
 def test_a_mask_cast_back_and_forth():
     torch.manual_seed(0)
     layer, x = MaskedLinear(6, 4, (torch.rand(4, 6) > 0.5).float()), torch.randn(2, 6)
@@ -339,20 +283,23 @@ def test_a_convolution_of_another_class():
     assert torch.allclose(fused(X), plain(X), atol=1e-6)
 
 
+class Of(Delayed):
+    """A function of a person's, kept as an attribute, over the layer."""
+
+    def __init__(self, use):
+        super().__init__(4)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(super().forward(x))
+
+
 def test_defaults_that_forward_appends_to():
     def use(h, acc=[]):  # noqa: B006
         acc.append(1)
         return h * 2
 
-    class M(Delayed):
-        def __init__(self):
-            super().__init__(4)
-            self.use = use
-
-        def forward(self, x):
-            return self.use(super().forward(x))
-
-    s = sampler_of(M(), CAT)
+    s = sampler_of(Of(use), CAT)
     s.sample(1)
     s.verify()
     assert use.__defaults__ == ([],)
@@ -364,15 +311,7 @@ def test_keyword_defaults():
     def use(h, *, scale=2.0):
         return drop(h) * scale
 
-    class M(Delayed):
-        def __init__(self):
-            super().__init__(4)
-            self.use = use
-
-        def forward(self, x):
-            return self.use(super().forward(x))
-
-    assert sampler_of(M(), CAT).verify().ok
+    assert sampler_of(Of(use), CAT).verify().ok
 
 
 def test_copies_of_slots():

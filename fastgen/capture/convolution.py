@@ -78,7 +78,7 @@ def convolution(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> I
     one = x.dim() == 3
     if x.dim() not in (3, 4):
         raise Irregular(f"{x.dim() - 2}-D convolution")
-    if b is not None and (tr.dynamic(b) or tr.conditional(b)):
+    if b is not None and not tr.fixed(b):
         plain = stand_in(tr, out, convolution(tr, func, out, (x, w, None, *args[3:]), kwargs))
         return emit(tr, "conv", out.shape, "add", [plain, b.view([1, -1] + [1] * (x.dim() - 2))], ())
     s, p, d = _pair(stride, one, 1), _pair(padding, one, 0), _pair(dilation, one, 1)
@@ -86,7 +86,7 @@ def convolution(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> I
         x, w = x.unsqueeze(2), w.unsqueeze(2)
     grid: Pair = (x.shape[2], x.shape[3])
     out_grid: Pair = (1, out.shape[2]) if one else (out.shape[2], out.shape[3])
-    if transposed and (x.shape[0] != 1 or tr.dynamic(w) or tr.conditional(w)):
+    if transposed and (x.shape[0] != 1 or not tr.fixed(w)):
         raise Irregular("a transposed convolution whose weight is not constant, or of a folded batch")
     if tr.dynamic(w) or (tr.conditional(w) and x.shape[0] != 1):
         raise Irregular("its weight depends on the sample, or its batch is folded")

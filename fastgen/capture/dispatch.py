@@ -163,23 +163,20 @@ class Dispatcher(TorchDispatchMode):
             yes, no = (tr.ids(a) if isinstance(a, Tensor) else torch.tensor(CONST) for a in (yes, no))
             known = torch.where(args[k], yes, no)
         elif name in POINTWISE:
-            known = torch.where(self._fixed(name, out, args), CONST, COND)
+            known = torch.where(self._depends_on_nothing(name, out, args, kwargs), CONST, COND)
         return torch.full(out.shape, COND) if known is None else known.expand(out.shape)
 
-    def _fixed(self, name: str, out: Tensor, args: Any) -> Tensor:
-        """Where a function's result depends on nothing: on constants alone, or on a constant zero that is multiplied or
-        divided."""
-        tr = self.tracer
+    def _depends_on_nothing(self, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """Where a function's result is a constant: of constants alone, or of a constant zero that is multiplied or divided."""
         constant = torch.ones(out.shape, dtype=torch.bool)
         zero = torch.zeros(out.shape, dtype=torch.bool)
-        for k, a in enumerate(args):
+        for a in tree_leaves((args, kwargs)):
             if isinstance(a, Tensor):
-                own = tr.ids(a) == CONST
-                constant = constant & own
-                if name == "mul" or (name in ("div", "true_divide") and k == 0):
-                    zero = zero | (own & (a == 0))
-            elif name == "mul" and a == 0:
-                zero = ~zero
+                constant = constant & (self.tracer.ids(a) == CONST)
+        for a in args if name == "mul" else args[:1] if name in ("div", "true_divide") else ():
+            zero = zero | (
+                ((self.tracer.ids(a) == CONST) & (a == 0)) if isinstance(a, Tensor) else torch.tensor(a == 0)
+            )
         return constant | zero
 
     def _without_terms(self, args: Any) -> Tensor:

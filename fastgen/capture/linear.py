@@ -73,15 +73,11 @@ def linear(tr: Tracer, op: str, e: Elements, w: Tensor, b: Tensor | None) -> Ten
     return result
 
 
-def _fixed(tr: Tracer, t: Tensor | None) -> bool:
-    return t is None or not (tr.dynamic(t) or tr.conditional(t))
-
-
 def _product(tr: Tracer, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Ids of a [n, k] @ b [k, p] + bias [p]; bias is a constant, and b one too where there is a bias."""
-    if _fixed(tr, b):
+    if tr.fixed(b):
         return linear(tr, "linear", elements(tr, a).arranged(Tensor.t), b.t(), bias).t()
-    if _fixed(tr, a):
+    if tr.fixed(a):
         return linear(tr, "linear", elements(tr, b), a, None)
     return _inner(tr, elements(tr, a), elements(tr, b))
 
@@ -106,7 +102,7 @@ def addmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     bias, a, b = args
     if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
         raise Irregular("addmm with factors")
-    if _fixed(tr, bias) and _fixed(tr, b) and bias.dim() == 1:
+    if tr.fixed(bias) and tr.fixed(b) and bias.dim() == 1:
         return _product(tr, a, b, bias)
     if not tr.dynamic(a) and not tr.dynamic(b):
         raise Irregular("a sampled tensor added to a product without one; add it afterwards")
@@ -116,9 +112,9 @@ def addmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
 def bmm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Batched products [n, i, k] @ [n, k, j]."""
     a, b = args
-    if not _fixed(tr, a) and not _fixed(tr, b):
+    if not tr.fixed(a) and not tr.fixed(b):
         return _inner(tr, elements(tr, a), elements(tr, b))
-    if _fixed(tr, b) and (b.stride(0) == 0 or bool((b == b[:1]).all())):
+    if tr.fixed(b) and (b.stride(0) == 0 or bool((b == b[:1]).all())):
         flat = elements(tr, a).arranged(lambda t: t.reshape(-1, a.shape[-1]).t())
         return linear(tr, "linear", flat, b[0].t(), None).t().reshape(out.shape)
     return torch.stack([_product(tr, a[k], b[k]) for k in range(a.shape[0])])

@@ -50,6 +50,21 @@ def embed(tr: Tracer, table: Tensor, index: Tensor) -> Tensor:
     return result.movedim(0, -1)
 
 
+@dataclass(frozen=True)
+class Pick:
+    """A choice by an index: of `size` along a dimension of a table."""
+
+    table: Tensor
+    index: Tensor
+    dim: int
+    take: Take
+
+    @property
+    def size(self) -> int:
+        """Of how many."""
+        return int(self.table.shape[self.dim])
+
+
 def choose(tr: Tracer, op: str, p: Pick) -> Tensor:
     """Ids of what is picked, where the candidates are computed, or the index is conditioning (heads by label): of all
     candidates, those that are not asked for are zeros, and the rest is their sum."""
@@ -84,25 +99,6 @@ def choose(tr: Tracer, op: str, p: Pick) -> Tensor:
     return reduce_last(tr, op, "sum", elements(tr, stand_in(tr, torch.zeros(shape), dense(kept, shape))))
 
 
-def _fixed(tr: Tracer, t: Tensor) -> bool:
-    return not tr.dynamic(t) and not tr.conditional(t)
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A choice by an index: of `size` along a dimension of a table."""
-
-    table: Tensor
-    index: Tensor
-    dim: int
-    take: Take
-
-    @property
-    def size(self) -> int:
-        """Of how many."""
-        return int(self.table.shape[self.dim])
-
-
 def _of_embedding(tr: Tracer, func: Any, args: Any) -> Pick:
     return Pick(args[0], args[1], 0, lambda t, k: t[k])
 
@@ -115,7 +111,7 @@ def _along(tr: Tracer, func: Any, args: Any) -> Pick:
 def _of_index(tr: Tracer, func: Any, args: Any) -> Pick:
     """By the one index among several that is not constant. Raises Irregular."""
     table, indices = args[0], args[1]
-    unknown = [k for k, t in enumerate(indices) if isinstance(t, Tensor) and not _fixed(tr, t)]
+    unknown = [k for k, t in enumerate(indices) if isinstance(t, Tensor) and not tr.fixed(t)]
     if len(unknown) != 1 or any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in indices):
         raise Irregular("several indices that are not constant, or one beside a mask")
     dim = unknown[0]
@@ -138,7 +134,7 @@ def untouched(tr: Tracer, pick: Callable[..., Pick], func: Any, out: Tensor, arg
         p = pick(tr, func, args)
     except Irregular:
         return None
-    if not _fixed(tr, p.table) or out.numel() * p.size > LARGEST:
+    if not tr.fixed(p.table) or out.numel() * p.size > LARGEST:
         return None
     some = torch.stack([p.take(p.table, torch.full_like(p.index, k)) != 0 for k in range(p.size)]).any(0)
     return torch.where(some, COND, CONST)
@@ -146,7 +142,7 @@ def untouched(tr: Tracer, pick: Callable[..., Pick], func: Any, out: Tensor, arg
 
 def embedding(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     """aten.embedding(weight, index)."""
-    if _fixed(tr, args[0]):
+    if tr.fixed(args[0]):
         return embed(tr, args[0], args[1])
     return choose(tr, "embedding", _of_embedding(tr, func, args))
 
@@ -166,17 +162,17 @@ def scatter(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tenso
 def index(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Tensor:
     """x[constant indices], table[sampled index], x[label]."""
     table, indices = args[0], args[1]
-    if all(_fixed(tr, t) for t in indices if isinstance(t, Tensor)):
+    if all(tr.fixed(t) for t in indices if isinstance(t, Tensor)):
         moved: Tensor = func(tr.ids(table).contiguous(), indices)
         return moved
-    if _fixed(tr, table) and len(indices) == 1:
+    if tr.fixed(table) and len(indices) == 1:
         return embed(tr, table.reshape(table.shape[0], -1), indices[0])
     return choose(tr, "index", _of_index(tr, func, args))
 
 
 def along(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """gather(x, dim, index) and index_select(x, dim, index)."""
-    if _fixed(tr, args[2]):
+    if tr.fixed(args[2]):
         return move(tr, func, out, args, kwargs)
     return choose(tr, func.overloadpacket.__name__, _along(tr, func, args))
 

@@ -148,6 +148,10 @@ class ShadowMemory:
         entry = self._entry(t) if isinstance(t, Tensor) else None
         return entry is not None and (entry.window(t) is not None or bool((self.ids(t) >= 0).any()))
 
+    def fixed(self, t: Tensor) -> bool:
+        """Whether every element is a constant."""
+        return not self.dynamic(t) and not self.conditional(t)
+
     def conditional(self, t: Any) -> bool:
         """Whether any element depends on conditioning and is left to torch."""
         entry = self._entry(t) if isinstance(t, Tensor) else None

@@ -115,8 +115,7 @@ def check_result(tr: Tracer, name: str, out: Tensor, ids: Ids) -> None:
     if out.dtype.is_floating_point or out.dtype == torch.bool or name not in COMPUTES:
         return
     found = tr.range_of_ids(ids)
-    if found is None and isinstance(ids, Tensor) and bool((ids >= 0).any()):
-        nodes = tuple((ids[ids >= 0] >> 48).unique().tolist())
+    if found is None and (nodes := tr.nodes_of(ids)):
         info = torch.iinfo(out.dtype)
         if tr.limited(nodes, max(info.min, -WHOLE), min(info.max, WHOLE), "an integer"):
             return

@@ -121,12 +121,15 @@ class Tracer(ShadowMemory):
     def range_of_ids(self, ids: Ids) -> Range:
         """The same for the sampled ones of some ids."""
         if isinstance(ids, ClosedForm):
-            nodes = (ids.lanes[ids.lanes >= 0] >> 16).unique().tolist()
-            found = [self.ranges.of_node(k) for k in nodes]
+            found = [self.ranges.of(self.nodes_of(ids))]
             return union([*found, *([] if ids.whole else [(0.0, 0.0) if ids.zero else None])])
-        if bool((ids == COND).any()):
-            return None
-        return union([self.ranges.of_node(k) for k in (ids[ids >= 0] >> 48).unique().tolist()])
+        return None if bool((ids == COND).any()) else self.ranges.of(self.nodes_of(ids))
+
+    @staticmethod
+    def nodes_of(ids: Ids) -> tuple[int, ...]:
+        """The nodes of the sampled ones of some ids."""
+        found = ids.lanes[ids.lanes >= 0] >> 16 if isinstance(ids, ClosedForm) else ids[ids >= 0] >> 48
+        return tuple(found.unique().tolist())
 
     def limited(self, nodes: tuple[int, ...], low: float, high: float, what: str) -> bool:
         """Whether it is conditioning that decides between which numbers the values of some nodes lie: it is then asked at
