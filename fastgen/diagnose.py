@@ -23,7 +23,7 @@ from fastgen.graph.sources import CondNode, InputNode
 from fastgen.plan.plan import Plan
 from fastgen.spec import Spec
 from fastgen.teacher_forced import by_step, forward_parameters
-from fastgen.variations import batched, several
+from fastgen.variations import Others, batched
 
 RANDOM = "forward gives different results on the same input: it is random even in eval mode (dropout?)"
 MIXES = (
@@ -105,12 +105,17 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
     _compare_apart(model, spec, values, cond, first, torch.cat(alone))
 
 
-def check_apart(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> None:
-    """Raises UnsupportedError where forward does not treat n samples of a batch apart that have conditioning of their own;
-    cond: one's (batch 1). What they are made of is looked at by the proof."""
-    conds, alone = several(model, spec, cond, n)
-    values = spec.example_values(1).expand(n, -1, -1)
-    _compare_apart(model, spec, values, conds, of_batch(model, spec, values, conds), alone)
+def of_samples(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...], beside: Others) -> Tensor:
+    """Forward's parameters for several samples in one batch with others, whose parameters are known: the first example values,
+    of other conditioning. Raises UnsupportedError where forward does not treat those apart, and as of_batch does."""
+    n = len(values)
+    if beside:
+        values = torch.cat([values, spec.example_values(1).to(values).expand(len(beside), -1, -1)])
+        cond = tuple(torch.cat([c, *(b[k] for b, _ in beside)]) if batched(c) else c for k, c in enumerate(cond))
+    params = of_batch(model, spec, values, cond)
+    if beside:
+        _compare_apart(model, spec, values, cond, params, torch.cat([params[:n], *(alone for _, alone in beside)]))
+    return params[:n]
 
 
 def _compare_apart(

@@ -15,7 +15,7 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import check_drawn, conditioning_of, known_values, scored_values, temperature_of, whole_number
-from fastgen.diagnose import check_apart, check_drift, check_forward, first_difference
+from fastgen.diagnose import check_drift, check_forward, first_difference
 from fastgen.errors import FastgenError, ModelChangedError
 from fastgen.fingerprint import Fingerprint, check_finite
 from fastgen.lengths import Looked, lengths_of
@@ -28,11 +28,11 @@ from fastgen.progress import Bar, Callback
 from fastgen.rng import seed_of
 from fastgen.spec import Spec
 from fastgen.stream import stream
-from fastgen.variations import batched, variations
+from fastgen.variations import first_of, others, variations
 from fastgen.verify import VerifyReport, verify
 from fastgen.view import neutral, private_view, unwrapped
 
-APART = 4  # samples of different conditioning that forward must treat apart
+OTHERS = 2  # conditionings beside the example of compile that a proof is made with
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
 
 
@@ -195,7 +195,9 @@ class Sampler:
         return bits_per_dim(self.log_prob(x, cond), self._values(x)[0])
 
     @neutral()
-    def verify(self, n: int = 2, seed: int = 0, length: int | None = None, temperature: float = 1.0) -> VerifyReport:
+    def verify(
+        self, n: int = 2, seed: int = 0, length: int | None = None, temperature: float = 1.0, first: int = 0
+    ) -> VerifyReport:
         """Samples n, runs forward once on the result, and compares every parameter and every draw.
 
         Samples have another conditioning than the example of compile, where forward takes one that is found, and of several
@@ -207,10 +209,8 @@ class Sampler:
         """
         n = whole_number(n, "n", "a number of samples", least=1)
         self._check_weights()
-        if any(map(batched, self.example)):
-            cond, at = tuple(c[:1] if batched(c) else c for c in self.example), self._spec_at(self._proof_length())
-            check_apart(self.on_cpu, at, cond, APART)
-        return self._verify(n, seed, self._proof_length() if length is None else length, temperature)
+        at = self._proof_length() if length is None else length
+        return self._verify(n, seed, at, temperature, first, OTHERS)
 
     @neutral()
     def explain(self) -> str:
@@ -220,20 +220,25 @@ class Sampler:
         """
         length = self._proof_length()
         spec = self._spec_at(length)
-        request = variations(self.on_cpu, spec, self._request(2, 0, None, 1.0, None, None, 0, length))
+        request, cond = self._request(2, 0, None, 1.0, None, None, 0, length), first_of(self.example)
+        request = variations(spec, request, others(self.on_cpu, spec, cond, 1))
         check_forward(self.on_cpu, spec, request)
         check_drift(self.on_cpu, spec, self.executor, request)
-        return first_difference(self.on_cpu, self.plan, tuple(c[:1] if batched(c) else c for c in request.cond))
+        return first_difference(self.on_cpu, self.plan, first_of(request.cond))
 
     def _proof_length(self) -> int | None:
         return min(self.spec.sites[0], VERIFY_SITES) if self.any_length else None
 
-    def _verify(self, n: int, seed: int, length: int | None, temperature: float) -> VerifyReport:
-        request = self._request(n, seed, None, temperature, None, None, 0, length)
+    def _verify(
+        self, n: int, seed: int, length: int | None, temperature: float, first: int = 0, most: int = 1
+    ) -> VerifyReport:
+        """most: other conditionings that samples of the proof have, and that are in a batch with them."""
+        request = self._request(n, seed, None, temperature, None, None, first, length)
         request.want_params = True
         spec = self._spec_at(length)
-        request = variations(self.on_cpu, spec, request)
-        return verify(self.on_cpu, spec, self.executor, request, self.plan.graph, self._threads)
+        found = others(self.on_cpu, spec, first_of(self.example), most)
+        request = variations(spec, request, found)
+        return verify(self.on_cpu, spec, self.executor, request, self.plan.graph, self._threads, found[1:])
 
     def __copy__(self) -> Sampler:
         other = object.__new__(type(self))

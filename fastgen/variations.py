@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +12,15 @@ from fastgen.backends.request import Request
 from fastgen.spec import Spec
 from fastgen.teacher_forced import forward_parameters
 
+Others = list[tuple[tuple[Any, ...], Tensor]]
 
-def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
-    """The request with what a proof is to hold for: every second sample has another conditioning than this one, where
-    forward takes one that is found; and the last of several is half given."""
-    other = another(model, spec, tuple(c[:1] if batched(c) else c for c in request.cond))
+
+def variations(spec: Spec, request: Request, others: Others) -> Request:
+    """The request with what a proof is to hold for: every second sample has the first of other conditionings, if there is
+    any, and the last of several samples is half given."""
     cond = request.cond
-    if other is not None:
-        cond = tuple(_in_turn(o, c) if batched(c) else c for c, o in zip(cond, other, strict=True))
+    if others:
+        cond = tuple(_in_turn(o, c) if batched(c) else c for c, o in zip(cond, others[0][0], strict=True))
     if request.slots < 2:
         return replace(request, cond=cond)
     given = spec.example_values(request.slots)
@@ -29,21 +29,31 @@ def variations(model: nn.Module, spec: Spec, request: Request) -> Request:
     return replace(request, cond=cond, given=given, mask=mask)
 
 
-def several(model: nn.Module, spec: Spec, cond: tuple[Any, ...], n: int) -> tuple[tuple[Any, ...], Tensor]:
-    """Conditioning of n samples, unlike each other as far as forward takes it, from one's (batch 1), in no order; and what
-    forward gives for the first example values with each of them alone: [n, steps, P]."""
-    found = [(cond, forward_parameters(model, spec, spec.example_values(1), cond))]
-    for change, most in ((_next, 2), (_before, n), (_next, n)):  # a step up, some down, the rest up
+def others(model: nn.Module, spec: Spec, cond: tuple[Any, ...], most: int) -> Others:
+    """Up to `most` conditionings unlike this one (batch 1) and each other that forward takes, and with which its parameters are
+    finite; in no order. With each of them, what forward gives for the first example values: [1, steps, P]."""
+    found: list[tuple[tuple[Any, ...], Tensor]] = []
+    if not any(map(batched, cond)):
+        return found
+    for change, until in (
+        (_next, 1),
+        (_rolled, 1),
+        (_before, most),
+        (_next, most),
+    ):  # a step up, some down, the rest up
         last = cond
-        for _ in range(2 * n):
-            following = _another(model, spec, last, (change,)) if len(found) < most else None
-            if following is None:
+        for _ in range(2 * most):
+            tried = tuple(change(c) if batched(c) else c for c in last)
+            if len(found) >= until or _alike(tried, last):
                 break
-            last = following[0]
-            found += [following] if not any(_alike(last, f) for f, _ in found) else []
-    chosen = [found[k % len(found)] for k in sorted(range(n), key=lambda k: (k % 2 == 0, k))]
-    conds = tuple(torch.cat([f[k] for f, _ in chosen]) if batched(c) else c for k, c in enumerate(cond))
-    return conds, torch.cat([params for _, params in chosen])
+            last = tried
+            if any(_alike(tried, f) for f in (cond, *(f for f, _ in found))):
+                continue
+            params = _finite(model, spec, tried)
+            if params is None:
+                break
+            found.append((tried, params))
+    return found
 
 
 def _in_turn(other: Tensor, c: Tensor) -> Tensor:
@@ -57,28 +67,18 @@ def batched(c: Any) -> bool:
     return isinstance(c, Tensor) and c.dim() > 0
 
 
-def another(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Conditioning unlike this one (batch 1) that forward takes, and of which its parameters are finite; None: not found."""
-    found = _another(model, spec, cond, (_next, _before, _rolled))
-    return None if found is None else found[0]
+def first_of(cond: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The conditioning of the first sample (batch 1)."""
+    return tuple(c[:1] if batched(c) else c for c in cond)
 
 
-def _another(
-    model: nn.Module, spec: Spec, cond: tuple[Any, ...], changes: tuple[Callable[[Tensor], Tensor], ...]
-) -> tuple[tuple[Any, ...], Tensor] | None:
-    """The same by some changes, and its parameters [1, steps, P]."""
-    x = spec.example_values(1)
-    for change in changes:
-        tried = tuple(change(c) if batched(c) else c for c in cond)
-        if _alike(tried, cond):
-            continue
-        try:
-            params = forward_parameters(model, spec, x, tried)
-        except Exception:  # a label that there is not, for one
-            continue
-        if bool(params.isfinite().any()):
-            return tried, params
-    return None
+def _finite(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> Tensor | None:
+    """Parameters [1, steps, P]; None where forward does not take this conditioning, or none of them is finite."""
+    try:
+        params = forward_parameters(model, spec, spec.example_values(1), cond)
+    except Exception:  # a label that there is not, for one
+        return None
+    return params if bool(params.isfinite().any()) else None
 
 
 def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -17,14 +17,14 @@ from fastgen import rng
 from fastgen.backends.base import CompiledExecutor, Executor
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.request import Request
-from fastgen.diagnose import MIXES, RANDOM, check_logits, of_batch
+from fastgen.diagnose import MIXES, RANDOM, check_logits, of_samples
 from fastgen.errors import UnsupportedError
 from fastgen.forward import FORWARD_ERRORS
 from fastgen.graph.node import Graph
 from fastgen.program.programs import RoundedPrograms
 from fastgen.spec import Spec
 from fastgen.teacher_forced import by_step, forward_parameters, teacher_forced
-from fastgen.variations import batched
+from fastgen.variations import Others, batched, first_of
 from fastgen.view import copied
 
 # Of a parameter, relative to itself (or to 1), and of a step's distribution, where forward's own rounding is less.
@@ -75,9 +75,10 @@ class VerifyReport:
         )
 
 
-def forward_truth(model: nn.Module, spec: Spec, request: Request) -> Truth:
-    """Forward itself, on the values of a request's samples. Raises ShapeError where it does not take so many."""
-    return lambda values: of_batch(model, spec, values, request.cond)
+def forward_truth(model: nn.Module, spec: Spec, request: Request, beside: Others | None = None) -> Truth:
+    """Forward itself, on the values of a request's samples, and others in the same batch. Raises ShapeError where it does not
+    take so many, and UnsupportedError where it does not treat the others apart."""
+    return lambda values: of_samples(model, spec, values, request.cond, beside or [])
 
 
 def precise_truth(model: nn.Module, spec: Spec, request: Request) -> Truth | None:
@@ -93,7 +94,7 @@ def precise_truth(model: nn.Module, spec: Spec, request: Request) -> Truth | Non
 
     def truth(values: Tensor) -> Tensor:
         values = values[:1, : short.grid[0] * short.grid[1]]
-        cond = tuple(c[:1] if batched(c) else c for c in request.cond)
+        cond = first_of(request.cond)
         try:
             return teacher_forced(double, short, values, cond, torch.float64)
         except FORWARD_ERRORS:  # a cast to float32 inside of forward, for one
@@ -128,14 +129,14 @@ def executed_truth(executor: Executor, request: Request) -> Truth:
 
 def verify(
     model: nn.Module, spec: Spec, executor: Executor, request: Request, graph: Graph | None = None,
-    threads: int | None = None,
+    threads: int | None = None, beside: Others | None = None,
 ) -> VerifyReport:  # fmt: skip
     """Checks an executor on a request. model: a private view on the CPU. Weights in low precision are proved in two steps:
     the plan in float32 against forward; and the executor against the plan in float32 with equally rounded weights.
     graph: of the plan; with it, what forward returns is looked at too (check_logits). threads: of the cpu executor, which
-    runs the plan in float32."""
+    runs the plan in float32. beside: other conditionings, that forward must treat apart from the request's."""
     plain: Executor = executor
-    rounded, forward = None, forward_truth(model, spec, request)
+    rounded, forward = None, forward_truth(model, spec, request, beside)
     alone = forward_truth(model, spec, request.rows(0, 1))
     if isinstance(executor, CompiledExecutor) and executor.weights_in != torch.float32:
         both = executor.programs, RoundedPrograms(executor.programs, executor.weights_in)
@@ -210,8 +211,7 @@ def _relative(params: Tensor, true: Tensor) -> float:
 def _rounding(spec: Spec, true: Tensor, precise: Truth | None, values: Tensor, most: float) -> Noise:
     """Forward's own rounding: the largest relative one of a parameter, and the largest of a step's distribution; at least
     what two units in the last place of every parameter come to."""
-    signs = torch.ones(true.shape[-1]).cumsum(0) % 2 * 2 - 1
-    nudged = true.double() + 2.0**-22 * signs * true.double().abs().clamp(min=1)
+    nudged = _nudged_parameters(true)
     least = _relative(true, nudged), float(spec.head.distance(nudged, true).max())
     if precise is None:
         return least
@@ -223,6 +223,12 @@ def _rounding(spec: Spec, true: Tensor, precise: Truth | None, values: Tensor, m
     if not found[0] < most:  # that is something else
         return least
     return max(least[0], found[0]), max(least[1], found[1])
+
+
+def _nudged_parameters(true: Tensor) -> Tensor:
+    """Parameters off by two units in their last place (of 1, if they are less), one up and the next down; in float64."""
+    signs = torch.ones(true.shape[-1]).cumsum(0) % 2 * 2 - 1
+    return true.double() + 2.0**-22 * signs * true.double().abs().clamp(min=1)
 
 
 def _draws(spec: Spec, request: Request, values: Tensor, params: Tensor, true: Tensor) -> tuple[int, int]:

@@ -33,6 +33,16 @@ from tests.test_proof import Delayed, planted, sampler_of
 CAT = Categorical(4, encode="unit", params="B(n*C)*")
 
 
+class DelayedImage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 4, (2, 3))
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (1, 1, 2, 0)))[:, :, :-1]
+
+
 def test_scales_that_overflow():
     head = GaussianMixture(1)
     p = torch.tensor([[0.0, 88.0]])
@@ -117,12 +127,18 @@ def test_slow_positions():
     assert not sampler.any_length
 
 
-def test_an_executor_that_forgets_the_temperature(monkeypatch):
-    """An executor that forgets the temperature."""
+@pytest.mark.parametrize(
+    "forget", [lambda r: {"temperature": 1.0}, lambda r: {"first": r.first % 2**32}, lambda r: {"seed": r.seed & ~1}]
+)
+@pytest.mark.parametrize("sequence", [True, False])
+def test_an_executor_that_forgets(monkeypatch, forget, sequence):
+    """The temperature, the upper half of an index, a bit of the seed: found at compile, of sequences as of images."""
+    model, shape = (Delayed(4), (1, 80)) if sequence else (DelayedImage(), (1, 6, 5))
+    assert fastgen.compile(model, shape, CAT, threads=1).verify().ok
     run = CpuExecutor.run
-    monkeypatch.setattr(CpuExecutor, "run", lambda self, request: run(self, replace(request, temperature=1.0)))
-    sampler = fastgen.compile(Delayed(4), (1, 80), CAT, threads=1)
-    assert not sampler.any_length
+    monkeypatch.setattr(CpuExecutor, "run", lambda self, request: run(self, replace(request, **forget(request))))
+    with pytest.raises(VerifyError, match="every layer agrees with its plan"):
+        fastgen.compile(model, shape, CAT, threads=1)
 
 
 def test_the_first_difference_may_be_small():

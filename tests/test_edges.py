@@ -25,7 +25,7 @@ from fastgen.heads.choice import pick, scale_error, unequal
 from fastgen.kept import Kept
 from fastgen.models import build
 from fastgen.pretrained import from_pretrained, save_pretrained
-from fastgen.variations import variations
+from fastgen.variations import others, variations
 from tests.oracle import at_length, by_name, compile_case
 
 # ---- heads -------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ HEAD = Categorical(5, encode="symmetric", params="B(n*C)*")
 def test_what_a_proof_is_made_on() -> None:
     sampler = fastgen.compile(Labelled().eval(), (1, 12), HEAD, (torch.tensor([1]),), threads=1, verify=False)
     request = Request(3, 0, cond=(torch.tensor([1, 1, 1]),))
-    made = variations(sampler.on_cpu, sampler.spec, request)
+    made = variations(sampler.spec, request, others(sampler.on_cpu, sampler.spec, (torch.tensor([1]),), 1))
     assert made.cond[0].tolist() == [2, 1, 2] and made.mask is not None
     assert made.mask[:, :, 0].sum(1).tolist() == [0, 0, 6], "the last one, every second value"
 
@@ -107,7 +107,11 @@ def test_conditioning_of_which_nothing_is_finite_is_no_variation() -> None:
             return super().forward(x, label) + torch.where(label == 2, math.nan, 0.0)[:, None, None]
 
     sampler = fastgen.compile(Picky().eval(), (1, 12), HEAD, (torch.tensor([1]),), threads=1, verify=False)
-    made = variations(sampler.on_cpu, sampler.spec, Request(2, 0, cond=(torch.tensor([1, 1]),)))
+    request, found = (
+        Request(2, 0, cond=(torch.tensor([1, 1]),)),
+        others(sampler.on_cpu, sampler.spec, (torch.tensor([1]),), 1),
+    )
+    made = variations(sampler.spec, request, found)
     assert made.cond[0].tolist() == [0, 1]
 
 
@@ -115,9 +119,9 @@ def test_compile_proves_a_second_length_at_another_temperature(monkeypatch: pyte
     asked: list[tuple[int | None, float]] = []
     verify = fastgen.Sampler._verify
 
-    def watched(self: fastgen.Sampler, n: int, seed: int, length: int | None, temperature: float) -> Any:
-        asked.append((length, temperature))
-        return verify(self, n, seed, length, temperature)
+    def watched(self: fastgen.Sampler, *args: Any) -> Any:
+        asked.append((args[2], args[3]))
+        return verify(self, *args)
 
     monkeypatch.setattr(fastgen.Sampler, "_verify", watched)
     sampler = compile_case(at_length(by_name("wavenet-onehot")[0], 96), verify=True)

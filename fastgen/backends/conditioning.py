@@ -21,7 +21,7 @@ from fastgen.backends.request import Request
 from fastgen.capture.dispatch import FRESH_OPS, METADATA_OPS, written_by
 from fastgen.capture.ranges import Ranges
 from fastgen.capture.reads import READS
-from fastgen.capture.signature import COMPUTES, numbers_of
+from fastgen.capture.signature import COMPUTES, empty, forms, numbers_of
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, ModulePath, first_tensor, plain, refused
 from fastgen.graph.bounds import of_values
@@ -33,7 +33,7 @@ from fastgen.program.records import Program
 from fastgen.spec import Spec
 from fastgen.view import neutral
 
-Shapes = dict[tuple[str, str, int], Any]  # what a skipped operation gives, on the meta device; by layer, name and call
+Shapes = dict[Call, Any]  # what a skipped operation gives, on the meta device; by layer, name and call
 REMEMBERED = 256  # samples' conditioning (labels come again), each of at most
 SMALL = 1 << 20  # numbers
 FORMS = 8  # shapes of conditioning that are remembered
@@ -85,9 +85,9 @@ class _Collector(TorchDispatchMode):
         if skipped and written:
             out: Any = written[0]
         elif skipped:
-            made = (*key, self.calls[key])
+            made = (*key, self.calls[key] - 1)
             if made not in self.shapes:
-                self.shapes[made] = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+                self.shapes[made] = func(*tree_map(empty, args), **tree_map(empty, kwargs))
             out = tree_map(_zeros, self.shapes[made])
         else:
             out = func(*args, **kwargs)
@@ -138,10 +138,6 @@ def _zeros(t: Any) -> Any:
     return torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
 
 
-def _meta(a: Any) -> Any:
-    return a.to("meta") if isinstance(a, Tensor) else a
-
-
 class Conditioning:
     """Fills the Cond buffers of a program for one call."""
 
@@ -153,6 +149,7 @@ class Conditioning:
         ]
         self._known: Kept[bytes, list[Tensor]] = Kept(REMEMBERED)
         self._shapes: Kept[Any, Shapes] = Kept(FORMS)
+        self._captured = (spec.shape, *graph.example)  # the form whose shapes are known from there
 
     def sources(self, program: Program, request: Request) -> list[Tensor]:
         """One tensor [slots, rows, cols, C] float32 per Cond buffer."""
@@ -164,7 +161,7 @@ class Conditioning:
         for k in range(request.slots):
             one = tuple(c[k : k + 1] if isinstance(c, Tensor) and c.dim() else c for c in request.cond)
             tensors = [c.contiguous() for c in one if isinstance(c, Tensor)]
-            form = (spec.shape, *((c.dtype, tuple(c.shape)) for c in tensors))
+            form = (spec.shape, *forms(tensors))
             key = repr(form).encode() + b"|".join(_bytes(c) for c in tensors)
             if key not in rows:
                 rows[key] = self._known.get(key) or self._sample(program, spec, one, form)
@@ -178,7 +175,7 @@ class Conditioning:
     def _sample(self, program: Program, spec: Spec, one: tuple[Any, ...], form: Any) -> list[Tensor]:
         """The arrays of one sample. form: what the shapes of a forward hang on."""
         known = self._shapes.get(form)
-        shapes: Shapes = {} if known is None else known
+        shapes: Shapes = known or (dict(self.graph.shapes) if form == self._captured else {})
         found = self._forward(spec, one, shapes, whole=known is None)
         if known is None:
             self._shapes.put(form, shapes)

@@ -17,6 +17,7 @@ from fastgen.capture.ids import COND, node_ids, sites
 from fastgen.capture.operands import Elements, elements, pieces
 from fastgen.capture.python_calls import PythonCalls
 from fastgen.capture.reads import check_reads
+from fastgen.capture.signature import forms
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import FastgenError, UnsupportedError
 from fastgen.forward import ModulePath, first_tensor, plain, try_forward
@@ -75,10 +76,10 @@ def capture(
         if any(tracer.reads):
             other = copied(model)  # what follows an error is not to be done to the module
             tracer.notes += check_reads(tracer.reads, lambda: other(plain(x), *map(plain, cond)))
-    return _finish(tracer, first_tensor(out), parameters_of)
+    return _finish(tracer, first_tensor(out), parameters_of, forms(cond))
 
 
-def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) -> Graph:
+def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor], example: tuple[Any, ...]) -> Graph:
     """Adds one node per phase with the head's parameters at the data's sites, in the head's own order."""
     tr.path.stack = [OUTPUT[0]]
     tr.enter(OUTPUT[1], [out])
@@ -107,5 +108,6 @@ def _finish(tr: Tracer, out: Tensor, parameters_of: Callable[[Tensor], Tensor]) 
         params.append(tr.add(MapNode, "params", count, (height, width), fn="copy", operands=[operand]).index)
     answers = [None if r is None else r.answer for r in tr.reads]
     return Graph(
-        tr.nodes, params, tr.points, tr.notes, dict(tr.calls), tr.numbers, answers, tr.limits, tr.ranges.known[0]
+        tr.nodes, params, tr.points, tr.notes, dict(tr.calls), tr.numbers, answers, tr.limits, tr.ranges.known[0],
+        tr.shapes, example,
     )  # fmt: skip

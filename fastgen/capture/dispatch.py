@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.capture.closed_form import ClosedForm
 from fastgen.capture.convolution import CONVOLUTIONS, conv_of_conditioning
@@ -28,7 +28,7 @@ from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE, pointwise
 from fastgen.capture.reads import READS, YES_OR_NO, Read, refuse, shape_read
 from fastgen.capture.shadow import Ids, dense
-from fastgen.capture.signature import check_call, check_result, check_type, numbers_of
+from fastgen.capture.signature import COMPUTES, check_call, check_result, check_type, empty, numbers_of
 from fastgen.capture.tracer import Tracer
 from fastgen.errors import UnsupportedError
 
@@ -135,6 +135,8 @@ class Dispatcher(TorchDispatchMode):
         storages = {t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided}
         if results[0].layout == torch.strided and results[0].untyped_storage()._cdata in storages:
             return out  # a view: the shadow is read through its strides
+        if dynamic and not tr.depth and name in COMPUTES:
+            tr.shapes[tr.call] = tree_map(empty, out)
         if not dynamic:
             if conditional:
                 planned = conv_of_conditioning(tr, name, out, args)

@@ -72,6 +72,16 @@ CONDITIONAL: dict[str, Iterable[int]] = {
 }  # fmt: skip
 
 
+def empty(t: Any) -> Any:
+    """The shape and the type of a tensor: itself without its numbers, on the meta device. What is no tensor stays."""
+    return torch.empty(t.shape, dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+
+
+def forms(cond: Iterable[Any]) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+    """Types and shapes of the tensors of conditioning."""
+    return tuple((c.dtype, tuple(c.shape)) for c in cond if isinstance(c, Tensor))
+
+
 def numbers_of(args: Any, kwargs: Any) -> tuple[float, ...]:
     """The Python numbers among the arguments of a call."""
     return tuple(float(a) for a in tree_leaves((args, kwargs)) if isinstance(a, int | float))

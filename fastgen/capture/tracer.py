@@ -40,6 +40,7 @@ class Tracer(ShadowMemory):
         self.notes: list[str] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.numbers: dict[Call, tuple[float, ...]] = {}
+        self.shapes: dict[Call, Any] = {}
         self.limits: list[Limit] = []
         self.depth = 0  # of decompositions
         self.call: tuple[str, str, int] = ("", "", 0)

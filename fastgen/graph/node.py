@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -152,6 +152,8 @@ class Graph:
     )  # to what Python asks in forward, in turn; None: a constant's
     limits: list[Limit] = field(default_factory=list)
     given: tuple[float, float] | None = None  # between which two numbers the sampled tensor's lie
+    shapes: dict[Call, Any] = field(default_factory=dict)  # results of functions of sampled values, on the meta device
+    example: tuple[Any, ...] = ()  # types and shapes of the conditioning that all this was seen with
 
     def reached(self, start: Iterable[int] | None = None) -> set[int]:
         """The nodes that parameters, or some nodes, depend on; these included."""
