@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ MIXES = (
     "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or conditioning of the "
     "first used for all of them? a batch that is not the first axis?)"
 )
+
+LEAK_STEPS, LEAK_SECONDS = 64, 3.0  # of asking forward whether it reads the future
 
 
 def check_logits(spec: Spec, graph: Graph, true: Tensor) -> None:
@@ -126,6 +129,35 @@ def _compare_apart(
     if bool(off.any()):
         again = forward_parameters(model, spec, values, cond)
         raise UnsupportedError(MIXES if torch.equal(params, again) else RANDOM)
+
+
+def reads_future(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> str | None:
+    """What to say of a forward whose parameters change with values that are drawn at their step or later; None where none is
+    seen to, at some steps and values, one sample (cond: batch 1) at a time."""
+    ours = spec.example_values(2)
+    n = spec.head.n
+    theirs = (ours + 1 + ours.flip(1) % max(1, n - 1)) % n if spec.head.discrete else -ours.flip(1)
+    drawn_at = spec.timeline.table.flatten(1).t().expand(-1, spec.channels)
+    steps = torch.linspace(0, spec.steps - 1, min(spec.steps, LEAK_STEPS)).round().long().unique().tolist()
+    began = time.monotonic()
+    try:
+        plain = [forward_parameters(model, spec, a[None], cond)[0] for a in ours]
+        if not torch.equal(plain[0], forward_parameters(model, spec, ours[:1], cond)[0]):
+            return None  # random
+        for step in sorted(steps, key=lambda t: t * 7919 % 8191):  # in no order, as not all may be asked
+            for a, b, before in zip(ours, theirs, plain, strict=True):
+                values = torch.where(drawn_at >= step, b, a)[None]
+                after = forward_parameters(model, spec, values, cond)[0]
+                off = (after - before).abs()[: step + 1] > 1e-4 * before.abs()[: step + 1].clamp(min=1)
+                if bool(off.any()):
+                    late = int(off.any(-1).nonzero()[0])
+                    row, column = divmod(int(spec.timeline.site[late]), spec.grid[1])
+                    return f"the parameters of step {late} (row {row}, column {column}) change with values from step {step} on"
+            if time.monotonic() - began > LEAK_SECONDS:
+                break
+    except (FastgenError, *FORWARD_ERRORS):
+        pass
+    return None
 
 
 def check_drift(model: nn.Module, spec: Spec, executor: Executor, request: Request) -> None:

@@ -82,6 +82,10 @@ def refused(x: Tensor, cond: tuple[Any, ...], error: Exception) -> ShapeError:
     given = ", ".join(str(list(c.shape)) if isinstance(c, Tensor) else repr(c) for c in cond)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     with_cond = f" with conditioning {given}" if cond else ""
+    if not x.is_floating_point():
+        reason += " (these are class indices; the head's encode='unit', 'symmetric' or 'onehot' feeds numbers)"
+    elif "Long" in reason:
+        reason += " (the head's encode='index' feeds class indices)"
     return ShapeError(f"forward does not take a sample {list(x.shape)} of {x.dtype}{with_cond}: {reason}")
 
 

@@ -15,8 +15,8 @@ from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.registry import EXECUTORS
 from fastgen.backends.request import Request
 from fastgen.checks import check_drawn, conditioning_of, known_values, scored_values, temperature_of, whole_number
-from fastgen.diagnose import check_drift, check_forward, first_difference
-from fastgen.errors import FastgenError, ModelChangedError
+from fastgen.diagnose import check_drift, check_forward, first_difference, reads_future
+from fastgen.errors import FastgenError, ModelChangedError, NotCausalError, UnsupportedError
 from fastgen.fingerprint import Fingerprint, check_finite
 from fastgen.lengths import Looked, lengths_of
 from fastgen.likelihood import bits_per_dim, log_prob
@@ -87,7 +87,13 @@ class Sampler:
     def _plan(self, whole: bool) -> None:
         """Plans, and makes the executor. whole: a sequence for its own length alone."""
         model = self.on_cpu
-        self.plan: Plan = build_plan(model, self.spec, self.example, whole)
+        try:
+            self.plan: Plan = build_plan(model, self.spec, self.example, whole)
+        except UnsupportedError as error:
+            future = reads_future(model, self.spec, first_of(self.example))
+            if future is None:
+                raise
+            raise NotCausalError(f"{future} (asked of forward itself; {error})") from error
         self.spec = replace(self.spec, head=self.plan.spec.head, layout=self.plan.spec.layout)
         self.programs = Programs(self.plan)
         self.conditioning = Conditioning(model, self.plan.spec, self.plan.graph)
@@ -216,13 +222,17 @@ class Sampler:
     def explain(self) -> str:
         """Why verification may have failed: the first layer whose result is not what was planned.
 
-        Raises UnsupportedError where forward itself is at fault: it gives NaN, is random, or mixes the samples of a batch.
+        Raises UnsupportedError or NotCausalError where forward itself is at fault: it gives NaN, is random, mixes the samples
+        of a batch, or reads the future.
         """
         length = self._proof_length()
         spec = self._spec_at(length)
         request, cond = self._request(2, 0, None, 1.0, None, None, 0, length), first_of(self.example)
         request = variations(spec, request, others(self.on_cpu, spec, cond, 1))
         check_forward(self.on_cpu, spec, request)
+        future = reads_future(self.on_cpu, spec, first_of(request.cond))
+        if future is not None:
+            raise NotCausalError(f"{future}, in a way that its layers do not show")
         check_drift(self.on_cpu, spec, self.executor, request)
         return first_difference(self.on_cpu, self.plan, first_of(request.cond))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import UnsupportedError, VerifyError
+from fastgen import NotCausalError, ShapeError, UnsupportedError, VerifyError
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.request import Request
 from fastgen.graph.maps import MapNode
@@ -158,3 +159,77 @@ def test_a_forward_that_counts() -> None:
     with pytest.raises(UnsupportedError, match="different results on the same input"):
         compiled(model)
     assert float(model.count) == 0
+
+
+class Leaky(nn.Module):
+    """Causal but for a read of the future in a form that the planner has no rule for."""
+
+    def __init__(self, leak: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.leak = nn.Conv2d(1, 4, (2, 3)), leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(F.pad(x, (1, 1, 2, 0)))[:, :, :-1]
+        return torch.relu(self.leak(torch.cat([h, x], 1))[:, :4]) + h
+
+
+LEAKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip": lambda h: h + h[:, 4:].flip(3),
+    "roll": lambda h: h + h[:, 4:].roll(1, 2),
+    "transpose": lambda h: h + h[:, 4:].transpose(2, 3),
+    "one site": lambda h: torch.cat([h[:, :, :1, :1] + h[:, 4:, 2:, 2:], h.flatten(2)[:, :, None, 1:]], 3).view_as(h),
+    "sorted": lambda h: h + h[:, 4:].flatten(2).sort(2).values.view_as(h[:, 4:]),
+    "cumsum": lambda h: h + h[:, 4:].flip(2).cumsum(2),
+    "attention": lambda h: h + torch.softmax(h.flatten(2).transpose(1, 2) @ h.flatten(2), 1).sum(2).view_as(h[:, 4:]),
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("classes", [2, 4])
+def test_what_cannot_be_planned_and_reads_the_future_is_told_so(leak: str, classes: int) -> None:
+    head = Categorical(classes, encode="unit", params="B(n*C)*")
+    model: nn.Module = Leaky(LEAKS[leak])
+    if classes == 2:
+        model = nn.Sequential(model, nn.Conv2d(4, 2, 1))
+    with pytest.raises(
+        NotCausalError, match=r"parameters of step \d+ \(row \d, column \d\) change with values from step \d+ on"
+    ):
+        fastgen.compile(model.eval(), (1, 3, 3), head)
+
+
+@pytest.mark.parametrize("past", [lambda h: h[:, :4].sort(1).values, lambda h: h[:, :4] * h[:, :4].cumsum(2)])
+def test_what_cannot_be_planned_and_is_causal_is_not(past: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedError, match="aten.(sort|cumsum)"):
+        fastgen.compile(Leaky(past).eval(), (1, 3, 3), Categorical(4, encode="unit", params="B(n*C)*"))
+
+
+def test_a_future_that_torch_does_not_see() -> None:
+    """Work in another thread is not watched; the proof finds it, and forward itself says what it was."""
+
+    class Threaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(1, 4, (2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: list[Tensor] = []
+            thread = threading.Thread(target=lambda: found.append(x.mean((2, 3), keepdim=True)))
+            thread.start()
+            thread.join()
+            return self.conv(F.pad(x, (1, 1, 2, 0)))[:, :, :-1] * (1 + found[0].detach())
+
+    with pytest.raises(NotCausalError, match="change with values from step .* in a way that its layers do not show"):
+        fastgen.compile(Threaded().eval(), (1, 4, 4), Categorical(4, encode="unit", params="B(n*C)*"))
+
+
+@pytest.mark.parametrize(
+    ("encode", "cure"),
+    [("unit", "encode='index' feeds class indices"), ("index", "'unit', 'symmetric' or 'onehot' feeds numbers")],
+)
+def test_an_encoding_that_forward_does_not_take(encode: str, cure: str) -> None:
+    first: nn.Module = nn.Embedding(4, 4) if encode == "unit" else nn.Linear(1, 4)
+    shape: tuple[int, ...] = (6,) if encode == "unit" else (1, 6)
+    with pytest.raises(ShapeError, match=cure):
+        fastgen.compile(nn.Sequential(first).eval(), shape, Categorical(4, encode=encode, params="B*n"))
