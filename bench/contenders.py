@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from abc import ABC, abstractmethod
 
@@ -156,15 +155,10 @@ class Reference(Contender):
 def with_weights(sampler: Sampler, weights: dtype, threads: int) -> Sampler:
     """The same plan on the cpu executor with weights of another type: planning again takes long."""
     assert isinstance(sampler.executor, CpuExecutor)
-    other = copy.copy(sampler)
-    other.dtype = weights
-    other.executor = CpuExecutor(sampler.programs, sampler.executor.conditioning, weights, threads)
-    return other
+    return sampler.with_executor(CpuExecutor(sampler.programs, sampler.conditioning, weights, threads))
 
 
 def as_reference(sampler: Sampler) -> Sampler:
     """The same plan on the reference executor."""
     assert isinstance(sampler.executor, CpuExecutor)
-    other = copy.copy(sampler)
-    other.executor = ReferenceExecutor(sampler.programs, sampler.executor.conditioning)
-    return other
+    return sampler.with_executor(ReferenceExecutor(sampler.programs, sampler.conditioning))

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from fastgen.backends.cuda import TEAMS
 from fastgen.backends.registry import BACKENDS, EXECUTORS
 from fastgen.checks import MOST_THREADS, own_copy, whole_number
-from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError, VerifyError
+from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError
 from fastgen.forward import device_of
 from fastgen.heads import HEADS, Head
 from fastgen.kept import Kept
 from fastgen.placement import placed
+from fastgen.planned import Choice
 from fastgen.sampler import Sampler
 from fastgen.spec import Spec
 from fastgen.view import neutral
@@ -23,10 +24,6 @@ from fastgen.view import neutral
 COMPILE_OPTIONS = (
     "shape", "head", "layout", "order", "predicts", "start", "device", "dtype", "backend", "threads", "team", "verify",
 )  # fmt: skip
-
-# What is proved at compile is not what is most often asked for, so that nothing can be forgotten that this takes: the seed, both
-# words of a sample's index, and the temperature.
-UNLIKE: dict[str, Any] = {"seed": 1, "first": (1 << 33) + 5, "temperature": 0.8}
 
 
 @neutral()
@@ -90,16 +87,7 @@ def compile(
     known: dict[str, Any] = {k: getattr(model, k, None) for k in ("layout", "predicts", "start")}
     layout, predicts = layout or known["layout"] or "", predicts or known["predicts"] or "same"
     spec = Spec(tuple(shape), head, layout, predicts, known["start"] if start is None else start, order)
-    sampler = Sampler(model, spec, cond, backend, dtype, threads, at, team)
-    if verify and not EXECUTORS[backend].oracle:
-        report = sampler.verify(**UNLIKE)
-        if report.ok and sampler.any_length:
-            report = sampler.verify(length=sampler.crooked_length)
-        if not report.ok and sampler.fix_length():  # a sequence whose sites are not alike
-            report = sampler.verify(**UNLIKE)
-        if not report.ok:
-            raise VerifyError(f"stepping does not reproduce forward ({report}): {sampler.explain()}")
-    return sampler
+    return Sampler(model, spec, cond, Choice(backend, dtype, threads, at, team, verify))
 
 
 _samplers: Kept[tuple[Any, ...], Sampler] = Kept(8)  # that sample() keeps, and with them their modules

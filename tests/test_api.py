@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fastgen
 from fastgen import Cancelled, ModelChangedError, Sampler
 from fastgen.models import GatedPixelCNN, build
+from fastgen.planned import Planned
 from tests.cases import Case, cases
 from tests.conftest import Compiled
 from tests.interrupts import children_heed_ctrl_c
@@ -317,13 +318,13 @@ def test_one_liner_remembers_and_refreshes(monkeypatch: pytest.MonkeyPatch) -> N
     case = only("masked-sequential")
     model = case.build()
     plans: list[int] = []
-    refresh = Sampler._refresh
+    make = Planned.__init__
 
-    def counted(self: Sampler) -> None:
+    def counted(self: Planned, *args: Any) -> None:
         plans.append(1)
-        refresh(self)
+        make(self, *args)
 
-    monkeypatch.setattr(Sampler, "_refresh", counted)
+    monkeypatch.setattr(Planned, "__init__", counted)
     first = fastgen.sample(model, 2, shape=case.shape, head=case.head, seed=1)
     again = fastgen.sample(model, 2, shape=list(case.shape), head=case.head, seed=1)
     assert torch.equal(first, again) and len(plans) == 1

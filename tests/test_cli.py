@@ -24,6 +24,7 @@ from fastgen.cli import commands
 from fastgen.cli.main import main
 from fastgen.cli.models import rate_of
 from fastgen.models import CONFIGS, build
+from fastgen.planned import Planned
 from fastgen.train import RECIPES
 from tests.interrupts import children_heed_ctrl_c
 
@@ -231,7 +232,7 @@ def test_failed_check_exits_with_1(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = fastgen.VerifyReport(False, 1.0, 1.0, 0.5, 1e-5, 1e-7, 72, 70, 0, 0.1, 2)
-    monkeypatch.setattr(fastgen.Sampler, "verify", lambda *_, **__: wrong)
+    monkeypatch.setattr(Planned, "verify", lambda *_, **__: wrong)
     assert run("verify", saved / "digits", "-q") == 1
     assert "NOT EXACT" in capsys.readouterr().out
     assert "stepping does not reproduce forward" in fails(capsys, "sample", saved / "digits")

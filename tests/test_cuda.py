@@ -5,7 +5,6 @@ tests/gpu."""
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen import Sampler
-from fastgen import sampler as sampler_module
+from fastgen import planned as planned_module
 from fastgen.backends import cuda, team
 from fastgen.errors import Cancelled, FastgenError, UnsupportedError
 from fastgen.native import native
@@ -132,9 +131,8 @@ def samplers(machine: StandIn, compiled: Compiled) -> Callable[[Case], Sampler]:
     """A sampler of a case whose executor is the CUDA one on the stand-in."""
 
     def make(case: Case) -> Sampler:
-        sampler = copy.copy(compiled(case))
-        sampler.executor = on_stand_in(sampler)
-        return sampler
+        sampler = compiled(case)
+        return sampler.with_executor(on_stand_in(sampler))
 
     return make
 
@@ -207,12 +205,12 @@ def test_a_capture_is_refused_before_anything_is_touched(
 ) -> None:
     """Neither memory nor weights nor the device, and the captured graph stays whole; afterwards all goes on."""
     sampler = samplers(IMAGE)
-    request = sampler._request(2, 0, None, 1.0, None, None, 0, None)
+    request = sampler.planned.request(2, 0, None, 1.0, None, None, 0, None)
     machine.capturing = [0]
     machine.asked.clear()
     with monkeypatch.context() as nothing:
         for module, name in (
-            (sampler_module.Fingerprint, "changed"),
+            (planned_module.Fingerprint, "changed"),
             (torch, "zeros"),
             (torch, "empty"),
             (torch.cuda, "mem_get_info"),

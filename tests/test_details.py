@@ -19,7 +19,7 @@ import fastgen
 import fastgen.verify as v
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.diagnose import _Replay
-from fastgen.errors import ShapeError, UnsupportedError, VerifyError
+from fastgen.errors import ModelChangedError, ShapeError, UnsupportedError, VerifyError
 from fastgen.heads import Categorical, GaussianMixture, Head
 from fastgen.native import native
 from fastgen.nn import MaskedLinear, fuse_
@@ -139,6 +139,40 @@ def test_an_executor_that_forgets(monkeypatch, forget, sequence):
     monkeypatch.setattr(CpuExecutor, "run", lambda self, request: run(self, replace(request, **forget(request))))
     with pytest.raises(VerifyError, match="every layer agrees with its plan"):
         fastgen.compile(model, shape, CAT, threads=1)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_new_weights_are_proved_as_the_first_were(monkeypatch, verify):
+    """And where they cannot be, the sampler is what it was: for the old weights."""
+    model = DelayedImage()
+    sampler = fastgen.compile(model, (1, 6, 5), CAT, threads=1, verify=verify)
+    old, plan, run = sampler.sample(2), sampler.plan, CpuExecutor.run
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    monkeypatch.setattr(CpuExecutor, "run", lambda self, request: run(self, replace(request, temperature=1.0)))
+    if not verify:
+        sampler.refresh()
+        assert sampler.plan is not plan
+        return
+    with pytest.raises(VerifyError):
+        sampler.refresh()
+    with pytest.raises(VerifyError):
+        sampler.refresh()
+    with pytest.raises(ModelChangedError):
+        sampler.sample(2)
+    with torch.no_grad():
+        model.conv.weight.div_(2)
+    assert torch.equal(sampler.sample(2), old) and sampler.plan is plan
+
+
+def test_the_one_liner_proves_new_weights(monkeypatch):
+    model, run = DelayedImage(), CpuExecutor.run
+    fastgen.sample(model, 2, shape=(1, 6, 5), head=CAT)
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    monkeypatch.setattr(CpuExecutor, "run", lambda self, request: run(self, replace(request, temperature=1.0)))
+    with pytest.raises(VerifyError):
+        fastgen.sample(model, 2, shape=(1, 6, 5), head=CAT)
 
 
 def test_the_first_difference_may_be_small():

@@ -24,6 +24,7 @@ from fastgen.heads import Bernoulli, Categorical, GaussianMixture, Head, Logisti
 from fastgen.heads.choice import pick, scale_error, unequal
 from fastgen.kept import Kept
 from fastgen.models import build
+from fastgen.planned import Planned
 from fastgen.pretrained import from_pretrained, save_pretrained
 from fastgen.variations import others, variations
 from tests.oracle import at_length, by_name, compile_case
@@ -96,7 +97,7 @@ HEAD = Categorical(5, encode="symmetric", params="B(n*C)*")
 def test_what_a_proof_is_made_on() -> None:
     sampler = fastgen.compile(Labelled().eval(), (1, 12), HEAD, (torch.tensor([1]),), threads=1, verify=False)
     request = Request(3, 0, cond=(torch.tensor([1, 1, 1]),))
-    made = variations(sampler.spec, request, others(sampler.on_cpu, sampler.spec, (torch.tensor([1]),), 1))
+    made = variations(sampler.spec, request, others(sampler.planned.on_cpu, sampler.spec, (torch.tensor([1]),), 1))
     assert made.cond[0].tolist() == [2, 1, 2] and made.mask is not None
     assert made.mask[:, :, 0].sum(1).tolist() == [0, 0, 6], "the last one, every second value"
 
@@ -109,7 +110,7 @@ def test_conditioning_of_which_nothing_is_finite_is_no_variation() -> None:
     sampler = fastgen.compile(Picky().eval(), (1, 12), HEAD, (torch.tensor([1]),), threads=1, verify=False)
     request, found = (
         Request(2, 0, cond=(torch.tensor([1, 1]),)),
-        others(sampler.on_cpu, sampler.spec, (torch.tensor([1]),), 1),
+        others(sampler.planned.on_cpu, sampler.spec, (torch.tensor([1]),), 1),
     )
     made = variations(sampler.spec, request, found)
     assert made.cond[0].tolist() == [0, 1]
@@ -117,13 +118,13 @@ def test_conditioning_of_which_nothing_is_finite_is_no_variation() -> None:
 
 def test_compile_proves_a_second_length_at_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int | None, float]] = []
-    verify = fastgen.Sampler._verify
+    verify = Planned.verify
 
-    def watched(self: fastgen.Sampler, *args: Any) -> Any:
-        asked.append((args[2], args[3]))
-        return verify(self, *args)
+    def watched(self: Planned, **options: Any) -> Any:
+        asked.append((options["length"], options.get("temperature", 1.0)))
+        return verify(self, **options)
 
-    monkeypatch.setattr(fastgen.Sampler, "_verify", watched)
+    monkeypatch.setattr(Planned, "verify", watched)
     sampler = compile_case(at_length(by_name("wavenet-onehot")[0], 96), verify=True)
     assert sampler.any_length and len({length for length, _ in asked}) == 2 and {t for _, t in asked} == {1.0, 0.8}
 

@@ -27,6 +27,7 @@ FLOORS = (
     ("diagnose",),
     ("verify", "likelihood", "stream"),
     ("lengths",),
+    ("planned",),
     ("sampler",),
     ("api", "pretrained"),
     ("train",),

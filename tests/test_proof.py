@@ -138,7 +138,7 @@ def test_a_lost_tap_is_found_in_bfloat16(k: int, shipped: nn.Module) -> None:
     sampler = fastgen.compile(damaged, dtype=torch.bfloat16, verify=False)
     if k == 0:
         assert sampler.verify(1).ok, str(sampler.verify(1))
-    sampler.on_cpu = shipped
+    sampler.planned.on_cpu = shipped
     assert not sampler.verify(1).ok
 
 

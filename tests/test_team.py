@@ -37,7 +37,7 @@ def team(sampler: Sampler, dtype: torch.dtype = torch.float32, **options: Any) -
 
 def request(sampler: Sampler, n: int = 3, **options: Any) -> Request:
     known = {"seed": 5, "cond": None, "temperature": 1.0, "given": None, "mask": None, "first": 0, "length": None}
-    wanted = sampler._request(n, **{**known, **options})
+    wanted = sampler.planned.request(n, **{**known, **options})
     wanted.want_params = True
     return wanted
 
@@ -46,7 +46,7 @@ def request(sampler: Sampler, n: int = 3, **options: Any) -> Request:
 @every_case
 def test_stepping_equals_forward(case: Case, compiled: Compiled) -> None:
     sampler = compiled(case)
-    report = verify(sampler.on_cpu, sampler.spec, team(sampler), request(sampler))
+    report = verify(sampler.planned.on_cpu, sampler.spec, team(sampler), request(sampler))
     assert report.ok, str(report)
 
 
@@ -65,7 +65,7 @@ def test_bytes_do_not_depend_on_the_team(case: Case, compiled: Compiled) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_sixteen_bit_products(case: Case, dtype: torch.dtype, compiled: Compiled) -> None:
     sampler = compiled(case)
-    report = verify(sampler.on_cpu, sampler.spec, team(sampler, dtype), request(sampler), threads=1)
+    report = verify(sampler.planned.on_cpu, sampler.spec, team(sampler, dtype), request(sampler), threads=1)
     assert report.ok, str(report)
     assert report.max_abs_error > 1e-5  # something was rounded
 
@@ -114,7 +114,10 @@ def test_a_sequence_at_other_lengths(compiled: Compiled) -> None:
     sampler = compiled(at_length(by_name("wavenet-onehot")[0], 160))
     for length in (1, 77, 300):
         report = verify(
-            sampler.on_cpu, sampler._spec_at(length), team(sampler, ranks=3), request(sampler, 2, length=length)
+            sampler.planned.on_cpu,
+            sampler.planned.spec_at(length),
+            team(sampler, ranks=3),
+            request(sampler, 2, length=length),
         )
         assert report.ok, f"{length}: {report}"
 

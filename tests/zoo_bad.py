@@ -171,7 +171,7 @@ class OutputTooNarrow(Two):
 
 BAD = [
     bad("mask-a-forgotten", ForgotTypeA, NotCausalError, r"(?s)\bfirst\b.*tap.*1.*1"),
-    bad("transposed-order", Transposed, UnsupportedError, r"\bfirst\b.*convolution.*at distances that change"),
+    bad("transposed-order", Transposed, NotCausalError, r"\bfirst\b.*convolution.*at distances that change"),
     bad("shift-forgotten", ShiftForgotten, NotCausalError, r"\bconv\b.*tap", (12,), Categorical(6)),
     bad(
         "centred-padding",
@@ -182,11 +182,11 @@ BAD = [
         Categorical(6, encode="symmetric"),
         predicts="next",
     ),
-    bad("instance-norm", InstanceNorm, UnsupportedError, r"batch_norm.*mix samples and sites"),
-    bad("attention-unmasked", Attends, UnsupportedError, r"attention"),
+    bad("instance-norm", InstanceNorm, NotCausalError, r"batch_norm.*mix samples and sites"),
+    bad("attention-unmasked", Attends, NotCausalError, r"attention"),
     bad("mixes-batch", MixesBatch, FastgenError, r"(?i)batch"),
-    bad("reads-item", ReadsItem, UnsupportedError, r"item"),
-    bad("branches-on-data", Branches, UnsupportedError, r"branch|item|bool"),
+    bad("reads-item", ReadsItem, NotCausalError, r"item"),
+    bad("branches-on-data", Branches, NotCausalError, r"branch|item|bool"),
     bad("noise-in-eval", Random, FastgenError, r"(?i)random|bernoulli|dropout|differ"),
     bad("outputs-do-not-fit", TooManyOutputs, ShapeError, r"7.*5|5.*7"),
     bad("output-too-narrow", OutputTooNarrow, ShapeError, r"6.*7"),

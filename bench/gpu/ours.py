@@ -11,7 +11,6 @@ becomes of the rest; a later row of the same batch replaces an earlier one.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable
@@ -95,10 +94,9 @@ def planned(case: Case) -> Sampler:
 
 def on_team(sampler: Sampler, dtype: torch.dtype, team: str) -> Sampler:
     """The same plan on the GPU: planning again takes long."""
-    other = copy.copy(sampler)
-    conditioning = sampler.conditioning
-    other.dtype, other.executor = dtype, CudaExecutor(sampler.programs, conditioning, dtype, torch.device("cuda"), team)
-    return other
+    return sampler.with_executor(
+        CudaExecutor(sampler.programs, sampler.conditioning, dtype, torch.device("cuda"), team)
+    )
 
 
 class _Marks:

@@ -67,7 +67,7 @@ def run(name: str, team: str, dtype: torch.dtype) -> Row:
             raise
         return {"ok": None, "why": str(error)}
     began, watched = time.perf_counter(), Remembering(executor)
-    found = verify(sampler.on_cpu, sampler.spec, watched, request(case, SAMPLES))
+    found = verify(sampler.planned.on_cpu, sampler.spec, watched, request(case, SAMPLES))
     return {
         "limits": executor.limits, "rung": executor.rung(SAMPLES)["text"], "ok": found.ok,
         "error": found.max_abs_error, "distance": found.distance, "draws": f"{found.draws_equal}/{found.draws}",

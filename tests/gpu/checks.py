@@ -139,7 +139,7 @@ def parameters(s: Subject, executor: Executor, dtype: torch.dtype) -> Finding:
 
 def draws(s: Subject, executor: Executor, dtype: torch.dtype) -> Finding:
     """Every draw, made again from forward's own parameters."""
-    report = verify(s.sampler.on_cpu, s.sampler.spec, executor, request(s.case, BATCH))
+    report = verify(s.sampler.planned.on_cpu, s.sampler.spec, executor, request(s.case, BATCH))
     return Finding("draws", report.ok, f"{report.draws_equal}/{report.draws} equal, {report.near_ties} near ties")
 
 
@@ -149,7 +149,7 @@ def known(s: Subject, executor: Executor, dtype: torch.dtype) -> Finding:
     mask = (torch.rand((*given.shape[:2], 1), generator=torch.Generator().manual_seed(0)) < 0.5).expand(given.shape)
     wanted = request(s.case, 3, FIRST, given=given, mask=mask.float(), temperature=0.8)
     kept = torch.equal(executor.run(wanted)[0].cpu()[mask], given[mask])
-    report = verify(s.sampler.on_cpu, s.sampler.spec, executor, wanted)
+    report = verify(s.sampler.planned.on_cpu, s.sampler.spec, executor, wanted)
     text = f"{report.draws_equal}/{report.draws} equal, {report.near_ties} near ties"
     return Finding("known values", kept and report.ok, text if kept else f"{text}; known values were not kept")
 
