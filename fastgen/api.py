@@ -68,6 +68,8 @@ def compile(
             f"{type(model).__name__} does not say what a sample is; pass shape= (one sample, without the batch) and "
             f"head= (of fastgen.heads: {', '.join(h.name for h in HEADS)})"
         )
+    if not isinstance(shape, tuple | list | torch.Size):
+        raise TypeError(f"shape={shape!r}: expected one sample's shape without the batch, as (1, 28, 28) or (16000,)")
     if cond is None:
         example: Any = getattr(model, "example_cond", tuple)
         cond = example()

@@ -39,6 +39,17 @@ def temperature_of(value: Any) -> float:
     raise ValueError(f"temperature={value!r}: expected a finite float32 > 0")
 
 
+def _check_dense(t: Tensor, name: str, complex_too: bool = False) -> None:
+    """Raises TypeError where a tensor has no numbers side by side to read."""
+    if t.layout != torch.strided or t.is_nested:
+        how = "nested" if t.is_nested else str(t.layout)
+        raise TypeError(f"{name} is {how}; expected a dense tensor ({name}.to_dense() or .to_padded_tensor(...))")
+    if t.is_meta:
+        raise TypeError(f"{name} is on the meta device, where tensors hold no numbers; expected a CPU or CUDA tensor")
+    if t.is_complex() and not complex_too:
+        raise TypeError(f"{name} is {t.dtype}; expected real numbers")
+
+
 def known_values(spec: Spec, given: Any, mask: Any, n: int) -> tuple[Tensor | None, Tensor | None]:
     """Values [n, H*W, C] to keep and where: bool. Raises ShapeError, ValueError, TypeError."""
     if given is None and mask is None:
@@ -48,6 +59,7 @@ def known_values(spec: Spec, given: Any, mask: Any, n: int) -> tuple[Tensor | No
     for name, t in (("given", given), ("mask", mask)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}; expected a tensor shaped like the samples")
+        _check_dense(t, name)
     if given.dim() and len(given) == 1:
         given = given.expand(n, *given.shape[1:])
     known = spec.values(given)
@@ -68,6 +80,7 @@ def scored_values(spec: Spec, x: Any) -> Tensor:
     """Samples [n, ...] to be scored, as values [n, H*W, C]. Raises ShapeError, ValueError, TypeError."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; expected a tensor of samples, as sample() returns them")
+    _check_dense(x, "x")
     values = spec.values(x)
     fault = spec.head.fault_of(values)
     if fault:
@@ -104,8 +117,7 @@ def own_copy(c: Any, k: int) -> Any:
         return c
     if c.dtype not in CONDITIONS:
         raise TypeError(f"cond[{k}] is {c.dtype}; expected floating-point, integers of 8 to 64 bits, bool or complex")
-    if c.layout != torch.strided:
-        raise TypeError(f"cond[{k}] is {c.layout}; expected a dense tensor (cond[{k}].to_dense())")
+    _check_dense(c, f"cond[{k}]", complex_too=True)
     c = c.detach().cpu().clone(memory_format=torch.contiguous_format)
     if c.is_floating_point() or c.is_complex():
         bad = int((~c.isfinite()).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,18 +15,23 @@ from fastgen.backends.base import Executor
 from fastgen.backends.request import Request
 from fastgen.capture.capture import capture
 from fastgen.capture.ids import col_of, row_of
+from fastgen.capture.ranges import Ranges
 from fastgen.capture.tracer import Tracer
 from fastgen.checks import check_drawn
 from fastgen.errors import FastgenError, ShapeError, UnsupportedError
 from fastgen.forward import FORWARD_ERRORS, refused
+from fastgen.graph.maps import MapNode
 from fastgen.graph.node import Graph, Node
 from fastgen.graph.sources import CondNode, InputNode
 from fastgen.plan.plan import Plan
 from fastgen.spec import Spec
-from fastgen.teacher_forced import by_step, forward_parameters
+from fastgen.teacher_forced import by_step, forward_parameters, teacher_forced
 from fastgen.variations import Others, batched
+from fastgen.view import copied
 
-RANDOM = "forward gives different results on the same input: it is random even in eval mode (dropout?)"
+RANDOM = (
+    "forward gives different results on the same input: it is random even in eval mode (dropout?), or counts its calls"
+)
 MIXES = (
     "forward mixes the samples of a batch: a sample's parameters change with what else is in it (values or conditioning of the "
     "first used for all of them? a batch that is not the first axis?)"
@@ -38,20 +43,43 @@ LEAK_STEPS, LEAK_SECONDS = 64, 3.0  # of asking forward whether it reads the fut
 def check_logits(spec: Spec, graph: Graph, true: Tensor) -> None:
     """Raises UnsupportedError where forward's parameters [n, steps, P] are probabilities, and the head takes logits.
 
-    Of classes: numbers that are nowhere negative and sum to one at every step. Of a coin: numbers from 0 to 1 that are the
-    result of a function, not of a sum of weighted terms, which may lie there by chance.
+    Of classes: numbers that are nowhere negative and sum to one at every step, or such as are made of a softmax by sums,
+    positive factors and limits. Of a coin: numbers from 0 to 1 that are made so of a sigmoid (or what has its range): sums
+    of other terms may lie there by chance.
     """
-    if not spec.head.discrete or not bool(((true >= 0) & (true <= 1)).all()):
+    if not spec.head.discrete or not bool(((true >= 0) & (true <= 1.1)).all()):
         return
     if true.shape[-1] == 1:
-        found, what, cure = all(graph.made_by_map(k) for k in graph.params), "from 0 to 1", "torch.logit(p)"
+        found, what, cure = bool((true <= 1).all()) and graph.made_of(_sigmoid(graph)), "from 0 to 1", "torch.logit(p)"
     else:
-        found = bool(((true.sum(-1) - 1).abs() < 1e-4).all())
-        what, cure = "never negative, and sum to 1 at every step", "torch.log(p)"
+        found = bool(((true.sum(-1) - 1).abs() < 1e-4).all()) or graph.made_of(_softmax(graph))
+        what, cure = "never negative, and sum to 1 at every step, or are made of what does", "torch.log(p)"
     if found:
         raise UnsupportedError(
             f"forward returns probabilities (its outputs are {what}), and {spec.head.name} takes logits; return {cure}"
         )
+
+
+def _softmax(graph: Graph) -> Callable[[Node], bool]:
+    """Whether a node is a quotient of an exponential."""
+
+    def like(node: Node) -> bool:
+        if not isinstance(node, MapNode) or node.fn != "div":
+            return False
+        return all(p.ref is not None and graph.nodes[p.ref.node].name == "exp" for p in node.operands[0])
+
+    return like
+
+
+def _sigmoid(graph: Graph) -> Callable[[Node], bool]:
+    """Whether a node lies between 0 and 1 whatever sums it is made of; or is a softmax."""
+    softmax, ranges = _softmax(graph), Ranges(graph.nodes, None, {n.index: None for n in graph.nodes if n.linear})
+
+    def like(node: Node) -> bool:
+        found = None if node.linear else ranges.of_node(node.index)
+        return softmax(node) or (found is not None and 0 <= found[0] < found[1] <= 1)
+
+    return like
 
 
 def of_batch(model: nn.Module, spec: Spec, values: Tensor, cond: tuple[Any, ...]) -> Tensor:
@@ -90,6 +118,12 @@ def _first_nan(model: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
+def repeats(ask: Callable[[], Tensor]) -> bool:
+    """Whether forward gives the same results on the same input; asked four times, as it may go in turns."""
+    first = ask()
+    return all(torch.equal(first, ask()) for _ in range(3))
+
+
 def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
     """Raises UnsupportedError where forward gives NaN, is random, or mixes the samples of a batch, so that there is nothing
     to reproduce. request: of two samples or more."""
@@ -99,7 +133,7 @@ def check_forward(model: nn.Module, spec: Spec, request: Request) -> None:
     if bool(first.isnan().any()):
         where = f"layer {culprit[0]}" if culprit and culprit[0] else "its own code"
         raise UnsupportedError(f"forward gives NaN, from {where} on")
-    if not torch.equal(first, forward_parameters(model, spec, values, cond)):
+    if not repeats(lambda: forward_parameters(model, spec, values, cond)):
         raise UnsupportedError(RANDOM)
     alone = [
         forward_parameters(model, spec, values[k : k + 1], tuple(c[k : k + 1] if batched(c) else c for c in cond))
@@ -127,8 +161,7 @@ def _compare_apart(
     """Raises UnsupportedError where parameters [n, steps, P] of a batch are not those of each sample alone."""
     off = (params - alone).abs().flatten(1).amax(1) > 1e-3 * alone.abs().flatten(1).amax(1).clamp(min=1)
     if bool(off.any()):
-        again = forward_parameters(model, spec, values, cond)
-        raise UnsupportedError(MIXES if torch.equal(params, again) else RANDOM)
+        raise UnsupportedError(MIXES if repeats(lambda: forward_parameters(model, spec, values, cond)) else RANDOM)
 
 
 def reads_future(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> str | None:
@@ -141,16 +174,15 @@ def reads_future(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> str | N
     steps = torch.linspace(0, spec.steps - 1, min(spec.steps, LEAK_STEPS)).round().long().unique().tolist()
     began = time.monotonic()
     try:
+        if not repeats(lambda: forward_parameters(model, spec, ours[:1], cond)):
+            return None
         plain = [forward_parameters(model, spec, a[None], cond)[0] for a in ours]
-        if not torch.equal(plain[0], forward_parameters(model, spec, ours[:1], cond)[0]):
-            return None  # random
         for step in sorted(steps, key=lambda t: t * 7919 % 8191):  # in no order, as not all may be asked
             for a, b, before in zip(ours, theirs, plain, strict=True):
                 values = torch.where(drawn_at >= step, b, a)[None]
                 after = forward_parameters(model, spec, values, cond)[0]
-                off = (after - before).abs()[: step + 1] > 1e-4 * before.abs()[: step + 1].clamp(min=1)
-                if bool(off.any()):
-                    late = int(off.any(-1).nonzero()[0])
+                late = _apart((before, after), step, 1e-4)
+                if late is not None and _not_rounding(model, spec, (a[None], values), cond, (before, after), step):
                     row, column = divmod(int(spec.timeline.site[late]), spec.grid[1])
                     return f"the parameters of step {late} (row {row}, column {column}) change with values from step {step} on"
             if time.monotonic() - began > LEAK_SECONDS:
@@ -158,6 +190,30 @@ def reads_future(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> str | N
     except (FastgenError, *FORWARD_ERRORS):
         pass
     return None
+
+
+def _apart(both: tuple[Tensor, Tensor], step: int, least: float) -> int | None:
+    """The first step, up to this one, at which two lots of parameters [steps, P] differ, relative to themselves or to 1."""
+    before, after = (t[: step + 1].double() for t in both)
+    off = ((after - before).abs() > least * before.abs().clamp(min=1)).any(-1)
+    return int(off.nonzero()[0]) if bool(off.any()) else None
+
+
+def _not_rounding(
+    model: nn.Module,
+    spec: Spec,
+    values: tuple[Tensor, Tensor],
+    cond: tuple[Any, ...],
+    found: tuple[Tensor, Tensor],
+    step: int,
+) -> bool:
+    """Whether a difference is there in float64 too; where forward does not run so, whether it is large."""
+    try:
+        double = copied(model).double()
+        a, b = (teacher_forced(double, spec, v, cond, torch.float64)[0] for v in values)
+    except Exception:  # of a module that cannot be copied, or a cast inside of forward
+        return _apart(found, step, 1e-2) is not None
+    return _apart((a, b), step, 1e-6) is not None
 
 
 def check_drift(model: nn.Module, spec: Spec, executor: Executor, request: Request) -> None:
@@ -182,8 +238,16 @@ class _Replay:
         self.graph = graph
         self.values: list[Tensor] = []
         self.errors: list[tuple[str, float]] = []
+        self.lost = ""  # where the graph is another than the plan's, so that there is nothing more to compare
 
     def __call__(self, tr: Tracer, t: Tensor) -> None:
+        if not self.lost:
+            try:
+                self._compare(tr, t)
+            except Exception:  # of shapes that do not go together
+                self.lost = f"layer {tr.path.current}: aten.{tr.call[1]}"
+
+    def _compare(self, tr: Tracer, t: Tensor) -> None:
         for node in tr.nodes[len(self.values) :]:
             self.values.append(self._value(tr, node))
         ids = tr.ids(t)
@@ -229,6 +293,8 @@ def first_difference(model: nn.Module, plan: Plan, cond: tuple[Any, ...]) -> str
         )
     except (FastgenError, *FORWARD_ERRORS) as error:
         return f"and on other values it cannot be planned: {error}"
+    if replay.first is None and replay.lost:
+        return f"from {replay.lost} on another graph is captured with these values than was planned; please report it"
     if replay.first is None:
         return "every layer agrees with its plan, so that it is the program made of it that differs; please report it"
     where, off = replay.first

@@ -74,7 +74,14 @@ def try_forward(model: nn.Module, x: Tensor, cond: tuple[Any, ...]) -> None:
     except FastgenError:
         raise
     except FORWARD_ERRORS as error:
-        raise refused(x, cond, error) from error
+        told = refused(x, cond, error)
+        try:
+            model(*(torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t for t in (x, *cond)))
+        except FORWARD_ERRORS:
+            raise told from error
+        raise ShapeError(
+            f"{told}; it takes two samples at once, but not one: does it squeeze the batch away?"
+        ) from error
 
 
 def refused(x: Tensor, cond: tuple[Any, ...], error: Exception) -> ShapeError:

@@ -97,8 +97,8 @@ class Looked:
         1) of another length.
 
         Where forward is free to be asked, it is: of a length that is new, what it does at its sites, and at the first ones
-        at the length of compile. Else by a proof, with the conditioning of the call, at lengths outside of those proved, and
-        at short ones.
+        at the length of compile. Else by a proof, with the conditioning of the call, at lengths outside of those proved, at
+        short ones, and where forward does something else at the first sites than at the length of compile.
         """
         form = _form(spec.sites[0], cond)
         if form == self.own or self.seen.get(form):
@@ -108,7 +108,7 @@ class Looked:
         between = all(a <= k <= b for a, k, b in zip(self.low, form, self.high, strict=True)) and self.low != self.high
         if free:
             self._ask(spec)
-        if short or not (free or between):
+        if short or not (free or (between and self._begins_alike(spec, cond))):
             report = prove()
             if not report.ok:
                 raise UnsupportedError(self._refusal(form, f"than what was planned ({report})"))
@@ -134,12 +134,36 @@ class Looked:
             what = f"from site {odd} on than at {self.sites} sites (positions, or a constant along the sequence or of its length)"
             raise UnsupportedError(self._refusal((spec.sites[0],), what))
 
+    def _begins_alike(self, spec: Spec, cond: tuple[Any, ...]) -> bool:
+        """Whether forward gives the same parameters at the first sites with the conditioning of a call as at the length of
+        compile, with as much of that conditioning, or with more of it."""
+        own, planned = spec.at_length(self.sites), self.plan.spec.sites[0]
+        values = (own if self.sites > spec.sites[0] else spec).example_values(1)
+        cut = tuple(_as_long_as(c, like) for c, like in zip(cond, self._flat, strict=True))
+        try:
+            here = forward_parameters(self.model, spec, values[:, : spec.sites[0]], cond)[0]
+            there = forward_parameters(self.model, own, values[:, : self.sites], cut)[0]
+        except FORWARD_ERRORS:
+            return False
+        both = min(len(here), len(there)) - planned // 4 * spec.phases
+        return both > 0 and not bool(_apart(here[:both], there[:both]).any())
+
     def _refusal(self, form: tuple[int, ...], what: str) -> str:
-        lengths = ", ".join(map(str, form[1:]))
-        of_cond = f" with conditioning of lengths {lengths}" if lengths and form[1:] != self.own[1:] else ""
+        lengths = ", ".join(str(n) for n, own in zip(form[1:], self.own[1:], strict=True) if n != own)
+        of_cond = f" with conditioning of length {lengths}" if lengths else ""
         return f"length {form[0]}{of_cond}: forward does something else {what}; compile with that"
 
 
 def _form(sites: int, cond: tuple[Any, ...]) -> tuple[int, ...]:
-    """The lengths that a forward hangs on: of the sample, and of its conditioning."""
-    return (sites, *(c.shape[-1] for c in cond if isinstance(c, Tensor) and c.dim() > 1))
+    """The lengths that a forward hangs on: of the sample, and of all axes of its conditioning but the batch."""
+    return (sites, *(n for c in cond if isinstance(c, Tensor) for n in c.shape[1:]))
+
+
+def _as_long_as(c: Any, like: Any) -> Any:
+    """Conditioning cut to the lengths of another, or begun again from its start where that is longer."""
+    if not isinstance(c, Tensor) or not isinstance(like, Tensor):
+        return c
+    for axis in range(1, c.dim()):
+        if c.shape[axis] != like.shape[axis]:
+            c = c.index_select(axis, torch.arange(like.shape[axis]) % max(1, c.shape[axis]))
+    return c

@@ -19,7 +19,7 @@ from fastgen.errors import FastgenError, ModelChangedError, NotCausalError, Unsu
 from fastgen.fingerprint import Fingerprint, check_finite
 from fastgen.lengths import Looked, lengths_of
 from fastgen.placement import in_float32, on_cpu
-from fastgen.plan.build import build_plan
+from fastgen.plan.build import MOST_SITES, build_plan
 from fastgen.plan.plan import Plan
 from fastgen.program.programs import Programs
 from fastgen.rng import seed_of
@@ -31,8 +31,8 @@ from fastgen.view import neutral, private_view, unwrapped
 OTHERS = 2  # conditionings beside the example of compile that a proof is made with
 VERIFY_SITES = 4096  # longer sequences are verified on their first so many sites
 # What is proved before a sampler is handed over is not what is most often asked for, so that nothing can be forgotten that
-# this takes: the seed, both words of a sample's index, and the temperature.
-UNLIKE: dict[str, Any] = {"seed": 1, "first": (1 << 33) + 5, "temperature": 0.8}
+# this takes: both words of the seed and of a sample's index, and the temperature.
+UNLIKE: dict[str, Any] = {"seed": (1 << 40) + 1, "first": (1 << 33) + 5, "temperature": 0.8}
 
 
 @dataclass(frozen=True)
@@ -182,22 +182,46 @@ class Planned:
 
     def _proved_along(self) -> bool:
         """Whether stepping is right at the sequence's own length and at a crooked one (or at their first sites)."""
-        lengths = (self.proof_length(), 1.0), (self.crooked_length, 0.8)
+        return self._proved_at(self.proof_length(), most=1) and self._proved_at(
+            self.crooked_length, most=1, temperature=0.8
+        )
+
+    def _proved_at(self, length: int | None, **options: Any) -> bool:
+        """Whether stepping is right at a length; not where the plan, or forward, has none there."""
         try:
-            return all(self.verify(2, 0, length, t, most=1).ok for length, t in lengths)
+            return self.verify(length=length, **options).ok
         except (FastgenError, ValueError):
             return False
 
     def _prove(self) -> None:
         """Raises VerifyError where stepping does not reproduce forward, and UnsupportedError where forward is at fault."""
-        report = self.verify(length=self.proof_length(), **UNLIKE)
-        if report.ok and self.any_length:
-            report = self.verify(length=self.crooked_length)
-        if not report.ok and self.plan.schedule.sequence:  # whose sites are not alike
+        try:
+            self._prove_lengths()
+        except (UnsupportedError, VerifyError) as error:
+            name = next(self.changes(), None)
+            if name is not None:
+                raise UnsupportedError(
+                    f"{name} changes from one run of forward to the next (by its own code, or by training beside)"
+                ) from error
+            raise
+
+    def _prove_lengths(self) -> None:
+        if self.plan.schedule.sequence and not self._proved_as_planned():  # its sites are not alike
             self._plan(whole=True)
-            report = self.verify(length=self.proof_length(), **UNLIKE)
+        report = self.verify(length=self.proof_length(), **UNLIKE)
         if not report.ok:
             raise VerifyError(f"stepping does not reproduce forward ({report}): {self.explain()}")
+
+    def _proved_as_planned(self) -> bool:
+        """Whether a sequence is right at its own length, and at a crooked one where it may have any. Raises what says why it
+        can be right at none, where it is too long to be planned site by site."""
+        try:
+            right = self.verify(length=self.proof_length(), **UNLIKE).ok
+            return right and (not self.any_length or self.verify(length=self.crooked_length).ok)
+        except (FastgenError, ValueError):
+            if self.spec.sites[0] > MOST_SITES:
+                raise
+            return False
 
     def explain(self) -> str:
         """See Sampler.explain."""

@@ -43,7 +43,8 @@ class Spec:
     order: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.predicts == "next" and self.start is not None and number_of(self.start) is None:
+        start = number_of(self.start) if self.predicts == "next" and self.start is not None else 0.0
+        if start is None or not math.isfinite(start):
             raise ValueError(f"start={self.start!r}: expected one number for all samples and channels")
         if not all(hasattr(s, "__index__") for s in self.shape):
             raise ShapeError(f"shape={self.shape!r}: expected whole numbers, one sample without the batch")

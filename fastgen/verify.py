@@ -17,7 +17,7 @@ from fastgen import rng
 from fastgen.backends.base import CompiledExecutor, Executor
 from fastgen.backends.cpu import CpuExecutor
 from fastgen.backends.request import Request
-from fastgen.diagnose import MIXES, RANDOM, check_logits, of_samples
+from fastgen.diagnose import MIXES, RANDOM, check_logits, of_samples, repeats
 from fastgen.errors import UnsupportedError
 from fastgen.forward import FORWARD_ERRORS
 from fastgen.graph.node import Graph
@@ -179,8 +179,8 @@ def _verify(
         most = LOW_ROUNDING if alone is None else MOST_ROUNDING
         noise = _rounding(spec, single, fine, values.nan_to_num(0.0), most)
     if _relative(true[: len(single)], single) > max(TOLERANCE, ROUNDINGS * noise[0]):
-        again = truth(values.nan_to_num(0.0))
-        raise UnsupportedError(MIXES if torch.equal(again, true) else RANDOM)
+        again = repeats(lambda: truth(values.nan_to_num(0.0)))
+        raise UnsupportedError(MIXES if again else RANDOM)
     error, apart = _relative(params, true), torch.where(params == true, 0.0, (params - true).abs())
     distance = float(spec.head.distance(true, params).max())
     differ, ties = _draws(spec, request, values, params, true)

@@ -128,7 +128,13 @@ def test_slow_positions():
 
 
 @pytest.mark.parametrize(
-    "forget", [lambda r: {"temperature": 1.0}, lambda r: {"first": r.first % 2**32}, lambda r: {"seed": r.seed & ~1}]
+    "forget",
+    [
+        lambda r: {"temperature": 1.0},
+        lambda r: {"first": r.first % 2**32},
+        lambda r: {"seed": r.seed & ~1},
+        lambda r: {"seed": r.seed % 2**32},
+    ],
 )
 @pytest.mark.parametrize("sequence", [True, False])
 def test_an_executor_that_forgets(monkeypatch, forget, sequence):

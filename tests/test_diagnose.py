@@ -25,7 +25,7 @@ from fastgen.graph.node import Graph
 from fastgen.graph.refs import Piece
 from fastgen.graph.sources import CondNode
 from fastgen.graph.taps import TapsNode
-from fastgen.heads import Categorical
+from fastgen.heads import Bernoulli, Categorical
 from fastgen.plan import build
 
 HEAD = Categorical(5, encode="symmetric", params="B(n*C)*")
@@ -94,8 +94,8 @@ def test_a_planted_error_is_found_where_it_is(error: str, monkeypatch: pytest.Mo
     plant, where = PLANTED[error]
     capture = build.capture
 
-    def wrong(*args: Any) -> Graph:
-        graph = capture(*args)
+    def wrong(*args: Any, **options: Any) -> Graph:
+        graph = capture(*args, **options)
         plant(graph)
         return graph
 
@@ -233,3 +233,86 @@ def test_an_encoding_that_forward_does_not_take(encode: str, cure: str) -> None:
     shape: tuple[int, ...] = (6,) if encode == "unit" else (1, 6)
     with pytest.raises(ShapeError, match=cure):
         fastgen.compile(nn.Sequential(first).eval(), shape, Categorical(4, encode=encode, params="B*n"))
+
+
+class Alternating(nn.Module):
+    """A forward that goes in turns: an order-agnostic MADE (Germain et al. 2015), the next masks at every call."""
+
+    def __init__(self, turns: int, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turns, self.in_place, self.count, self.line = turns, in_place, 0, nn.Linear(12, 12)
+        self.line.weight.data.mul_(8)
+        self.masks = torch.ones(12, 12).tril(-1) * (torch.rand(turns, 12, 12) > 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.masks[self.count % self.turns]
+        self.count += 1
+        if self.in_place:
+            self.line.weight.data *= mask
+        return F.linear(x, self.line.weight if self.in_place else self.line.weight * mask, self.line.bias)
+
+
+@pytest.mark.parametrize("turns", [2, 3, 4])
+def test_a_forward_that_goes_in_turns(turns: int) -> None:
+    with pytest.raises(UnsupportedError, match="or counts its calls"):
+        fastgen.compile(Alternating(turns, False).eval(), (12,), Bernoulli(), layout="D")
+
+
+@pytest.mark.parametrize("turns", [3, 4])
+def test_a_forward_that_changes_its_weights(turns: int) -> None:
+    with pytest.raises(UnsupportedError, match="line.weight changes from one run of forward to the next"):
+        fastgen.compile(Alternating(turns, True).eval(), (12,), Bernoulli(), layout="D")
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+def test_what_goes_in_turns_is_not_said_to_read_the_future(turns: int) -> None:
+    class Turns(Net):
+        count = 0
+
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x, label).cummax(-1).values * (1 + 0.1 * (self.count % turns))
+
+    with pytest.raises(UnsupportedError, match="cummax"):
+        compiled(Turns())
+
+
+def test_rounding_is_not_said_to_read_the_future() -> None:
+    """Sums of the past, as those of everything less those of the future: only what rounds of the future is left."""
+
+    class Cancelling(Net):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            h = 1000 * super().forward(x, label)
+            return h.sum(-1, keepdim=True) - h.flip(-1).cumsum(-1).flip(-1)
+
+    with pytest.raises(UnsupportedError, match="cumsum"):
+        compiled(Cancelling())
+
+
+def test_a_module_that_takes_two_and_not_one() -> None:
+    class Squeezes(Net):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            return nn.BatchNorm1d(5).eval()(super().forward(x, label).squeeze(0))
+
+    with pytest.raises(ShapeError, match="it takes two samples at once, but not one"):
+        compiled(Squeezes())
+
+
+def test_an_output_with_the_classes_last() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 12, (2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(F.pad(x, (1, 1, 2, -1)))
+            return h.view(len(x), 3, 4, *x.shape[2:]).permute(0, 1, 3, 4, 2)
+
+    model, head = Last().eval(), Categorical(4, encode="unit")
+    drawn = fastgen.compile(model, (3, 5, 6), head, threads=1).sample(3)
+    assert torch.equal(drawn, fastgen.compile(model, (3, 5, 6), head, backend="naive").sample(3))
+    with pytest.raises(ShapeError, match=r"2 ways.*params='BCn\*', params='BC\*n'"):
+        fastgen.compile(model, (3, 4, 4), head)
+    assert fastgen.compile(model, (3, 4, 4), Categorical(4, encode="unit", params="BC*n"), threads=1).verify().ok

@@ -120,9 +120,9 @@ def test_compile_proves_a_second_length_at_another_temperature(monkeypatch: pyte
     asked: list[tuple[int | None, float]] = []
     verify = Planned.verify
 
-    def watched(self: Planned, **options: Any) -> Any:
+    def watched(self: Planned, *args: Any, **options: Any) -> Any:
         asked.append((options["length"], options.get("temperature", 1.0)))
-        return verify(self, **options)
+        return verify(self, *args, **options)
 
     monkeypatch.setattr(Planned, "verify", watched)
     sampler = compile_case(at_length(by_name("wavenet-onehot")[0], 96), verify=True)

@@ -400,6 +400,7 @@ PRODUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "B(C*n)*": lambda x: x.permute(0, 3, 4, 1, 2).flatten(1, 2),
     "BnC*": lambda x: x.permute(0, 4, 3, 1, 2),
     "BCn*": lambda x: x.permute(0, 3, 4, 1, 2),
+    "BC*n": lambda x: x.permute(0, 3, 1, 2, 4),
     "B*n": lambda x: x.squeeze(3),
     "B*(n*C)": lambda x: x.transpose(3, 4).flatten(3),
     "B*(C*n)": lambda x: x.flatten(3),

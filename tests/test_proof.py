@@ -192,6 +192,7 @@ def test_given_values_are_part_of_it() -> None:
 
 
 # ---- contracts ---------------------------------------------------------------------------------------------------
+FIRST = torch.arange(T)
 PROBABILITIES: dict[str, tuple[int, Callable[[Tensor], Tensor], Head]] = {
     "sigmoid": (1, torch.sigmoid, Bernoulli()),
     "softmax": (4, lambda y: F.softmax(4 * y, 1), Categorical(4, encode="unit", params="B(n*C)*")),
@@ -201,6 +202,20 @@ PROBABILITIES: dict[str, tuple[int, Callable[[Tensor], Tensor], Head]] = {
         Categorical(4, encode="unit", params="B(n*C)*"),
     ),
     "half a tanh": (1, lambda y: 0.5 * torch.tanh(y) + 0.5, Bernoulli()),
+    "less than one": (1, lambda y: 1 - torch.sigmoid(y), Bernoulli()),
+    "a border of its own": (1, lambda y: F.pad(torch.sigmoid(y)[..., 1:], (1, 0), value=0.5), Bernoulli()),
+    "masked and filled": (1, lambda y: torch.sigmoid(y) * (FIRST != 0) + 0.5 * (FIRST == 0), Bernoulli()),
+    "a mean": (1, lambda y: torch.stack([torch.sigmoid(y), torch.sigmoid(2 * y)]).mean(0), Bernoulli()),
+    "a mixture": (1, lambda y: 0.3 * torch.sigmoid(y) + 0.7 * torch.sigmoid(-y), Bernoulli()),
+    "from a limit on": (1, lambda y: torch.sigmoid(y).clamp(0.1, 0.9), Bernoulli()),
+    "hard": (1, F.hardsigmoid, Bernoulli()),
+    "smoothed": (4, lambda y: F.softmax(4 * y, 1) + 1e-3, Categorical(4, encode="unit", params="B(n*C)*")),
+    "limited": (4, lambda y: F.softmax(4 * y, 1).clamp(min=0.05), Categorical(4, encode="unit", params="B(n*C)*")),
+    "nothing at first": (
+        4,
+        lambda y: F.softmax(4 * y, 1) * (FIRST != 0),
+        Categorical(4, encode="unit", params="B(n*C)*"),
+    ),
 }
 
 
@@ -217,8 +232,24 @@ def test_probabilities_are_no_logits(name: str) -> None:
         (4, lambda y: F.log_softmax(y, 1), Categorical(4, encode="unit", params="B(n*C)*")),
         (1, lambda y: torch.logit(torch.sigmoid(y)), Bernoulli()),
         (1, lambda y: 0.01 * y + 0.5, Bernoulli()),
+        (1, lambda y: torch.logit(torch.sigmoid(0.5 + 0.1 * y)), Bernoulli()),
+        (1, lambda y: 0.1 * F.softplus(y), Bernoulli()),
+        (1, lambda y: torch.relu(0.1 * y), Bernoulli()),
+        (1, lambda y: 0.0 * y + 0.5, Bernoulli()),
+        (2, lambda y: 0.3 + 0.0 * torch.sigmoid(y) * y, Categorical(2, encode="unit", params="B(n*C)*")),
+        (4, lambda y: 0.5 + 0.01 * y, Categorical(4, encode="unit", params="B(n*C)*")),
     ],
-    ids=["log-softmax", "logit", "small logits"],
+    ids=[
+        "log-softmax",
+        "logit",
+        "small logits",
+        "logit of a middle",
+        "softplus",
+        "relu",
+        "a fair coin",
+        "no weights",
+        "small",
+    ],
 )
 def test_logits_are_taken(outputs: int, finish: Callable[[Tensor], Tensor], head: Head) -> None:
     assert sampler_of(Delayed(outputs, finish), head, verify=True).verify().ok

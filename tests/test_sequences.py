@@ -305,3 +305,113 @@ def test_time_first() -> None:
     """Not a sequence [B, T]: a batch of one happens to look like one."""
     with pytest.raises(FastgenError, match="does not depend on the sampled tensor"):
         fastgen.compile(TimeMajor().eval(), (24,), Categorical(N, encode="index", params="B*n"), threads=1)
+
+
+# ---- lengths that were not proved ------------------------------------------------------------------------------------
+class Blocks(nn.Module):
+    """Blocks of eight, padded in front: which sites a block holds depends on the length. Frames of conditioning decide it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.down = nn.Conv1d(1, 6, 2), nn.Conv1d(6, 6, 8, stride=8)
+        self.up, self.out = nn.ConvTranspose1d(3, 6, 4, 4), nn.Conv1d(6, 5, 1)
+
+    def forward(self, x: Tensor, mel: Tensor) -> Tensor:
+        h = torch.tanh(self.first(F.pad(x, (1, 0))))
+        more = -x.shape[-1] % 8
+        z = F.pad(self.down(F.pad(h, (more, 0))), (1, -1)).repeat_interleave(8, 2)[..., more:]
+        return 2 * self.out(torch.tanh(h + 2 * z + self.up(mel)))
+
+
+class Rolled(Blocks):
+    """The same, and which site is first depends on the number of frames."""
+
+    def forward(self, x: Tensor, mel: Tensor) -> Tensor:
+        h = torch.tanh(self.first(F.pad(x, (1, 0))))
+        return 2 * self.out(torch.tanh(F.pad(h, (mel.shape[-1] % 3, 0))[..., : x.shape[-1]] + self.up(mel)))
+
+
+@pytest.mark.parametrize("model", [Blocks, Rolled])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_length_between_two_that_were_proved(model: type[nn.Module], verify: bool) -> None:
+    head, g = Categorical(5, encode="symmetric", params="B(n*C)*"), torch.Generator().manual_seed(0)
+    net = model().eval()
+
+    def mel(sites: int) -> Tensor:
+        return torch.randn(2, 3, sites // 4, generator=g)
+
+    sampler = fastgen.compile(net, (1, 80), head, (mel(80)[:1],), predicts="next", threads=1, verify=verify)
+    exact = 0
+    for sites in (240, 100, 124, 128, 92, 104, 236):
+        given = (mel(sites),)
+        try:
+            drawn = sampler.sample(2, cond=given, length=sites)
+        except UnsupportedError as error:
+            assert "forward does something else" in str(error)
+            continue
+        slow = fastgen.compile(net, (1, sites), head, (given[0][:1],), predicts="next", backend="naive")
+        assert torch.equal(drawn, slow.sample(2, cond=given))
+        exact += 1
+    assert exact
+
+
+@pytest.mark.parametrize("sites", [64, 100, 1500])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_constant_with_a_period(sites: int, verify: bool) -> None:
+    """A number of each phase of a frame: it repeats, and is planned for its own length."""
+
+    class Phases(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.out, self.phase = nn.Conv1d(1, 6, 2), nn.Conv1d(6, 5, 1), nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(F.pad(x, (2, -1))))
+            return self.out(torch.tanh(h + self.phase.repeat(1, -(-x.shape[-1] // 4))[:, : x.shape[-1]]))
+
+    sampler = fastgen.compile(
+        Phases().eval(), (1, sites), Categorical(5, encode="unit", params="B(n*C)*"), threads=1, verify=verify
+    )
+    assert sampler.verify().ok
+
+
+ENCODERS: dict[str, Any] = {
+    "group norm": lambda z: F.group_norm(z, 2), "instance norm": F.instance_norm, "cumsum": lambda z: z.cumsum(-1),
+    "backwards": lambda z: z.flip(-1), "largest so far": lambda z: F.max_pool1d(z, 3, 1, 1), "sorted": lambda z: z.sort(-1).values,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frames", [24, 26])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_what_is_of_conditioning_alone_needs_no_rule(encoder: str, frames: int) -> None:
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.encode, self.out = nn.Conv1d(1, 6, 3), nn.Conv1d(2, 6, 3, padding=1), nn.Conv1d(6, 5, 1)
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            given = ENCODERS[encoder](self.encode(c))[..., : x.shape[-1]]
+            return 2 * self.out(torch.tanh(self.first(F.pad(x, (2, 0))) + given))
+
+    head, c = Categorical(5, encode="symmetric", params="B(n*C)*"), torch.randn(3, 2, frames)
+    net = Encoded().eval()
+    sampler = fastgen.compile(net, (1, 24), head, (c[:1],), predicts="next", threads=1)
+    slow = fastgen.compile(net, (1, 24), head, (c[:1],), predicts="next", backend="naive")
+    assert torch.equal(sampler.sample(3, cond=(c,)), slow.sample(3, cond=(c,)))
+
+
+def test_a_check_of_conditioning_after_its_last_use() -> None:
+    class Late(Front):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            out = super().forward(x, label)
+            if bool((label >= 3).any()):
+                raise ValueError("no such label")
+            return out
+
+    sampler = fastgen.compile(Late().eval(), (20,), HEAD, (torch.tensor([1]),), predicts="same", threads=1)
+    assert sampler.sample(2, cond=(torch.tensor([0, 2]),)).shape == (2, 20)
+    with pytest.raises(FastgenError, match="no such label"):
+        sampler.sample(2, cond=(torch.tensor([0, 4]),))

@@ -1,9 +1,9 @@
 """Conditioning at call time: run forward again and take the values that depend on conditioning alone.
 
 The plan names the places ("the k-th add of layer Y, argument 1"); a light dispatch mode finds them again, skips the
-work on sampled values, whose results are not looked at, and stops at the last one. One sample at a time, equal ones once:
-torch's batched kernels give other bytes at other batch sizes, and sample i must not. Small ones are remembered between
-calls.
+work on sampled values, whose results are not looked at, and runs forward to its end, so that it may refuse what it is
+given. One sample at a time, equal ones once: torch's batched kernels give other bytes at other batch sizes, and sample i
+must not. Small ones are remembered between calls.
 """
 
 from __future__ import annotations
@@ -39,22 +39,15 @@ SMALL = 1 << 20  # numbers
 FORMS = 8  # shapes of conditioning that are remembered
 
 
-class _Done(Exception):
-    """Everything has been found."""
-
-
 class _Collector(TorchDispatchMode):
-    """Follows which numbers are sampled and collects the arguments at the points.
+    """Follows which numbers are sampled, collects the arguments at the points, and compares what forward does with what it
+    did at capture. Sampled values are zeros, and Python is answered about them as at capture."""
 
-    whole: forward is to run to its end, so that it may refuse what it is given, and so that what it does may be compared
-    with what it did at capture. Sampled values are zeros, and Python is answered about them as at capture.
-    """
-
-    def __init__(self, path: ModulePath, graph: Graph, x: Tensor, shapes: Shapes, whole: bool) -> None:
+    def __init__(self, path: ModulePath, graph: Graph, x: Tensor, shapes: Shapes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph, points, answers = graph, graph.points, graph.answers
         self.path, self.calls, self.shapes = path, Counter[tuple[str, str]](), shapes
-        self.whole, self.answers, self.asked = whole, answers, 0
+        self.answers, self.asked = answers, 0
         self.wanted: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
         for k, (where, name, count, position) in enumerate(points):
             self.wanted.setdefault((where, name, count), []).append((k, position))
@@ -70,16 +63,13 @@ class _Collector(TorchDispatchMode):
         key = (self.path.current, name)
         self._look(key, tensors)
         self.calls[key] += 1
-        if self.missing == 0 and not self.whole:
-            raise _Done
         marks = [m for t in tensors if (m := self.marks.of(t)) is not None]
         sampled = bool(marks)
         if name in READS:
             self.asked += 1
             answer = self.answers[self.asked - 1] if self.asked <= len(self.answers) else None
             return answer if sampled and answer is not None else func(*args, **kwargs)
-        if self.whole:
-            self._compare((*key, self.calls[key] - 1), args, kwargs)
+        self._compare((*key, self.calls[key] - 1), args, kwargs)
         skipped = sampled and name.rstrip("_") in COMPUTES and all(bool(m.all()) for m in marks) and "out" not in kwargs
         written = written_by(func, args, kwargs)
         if skipped and written:
@@ -135,7 +125,7 @@ def _bytes(t: Tensor) -> bytes:
 
 
 def _zeros(t: Any) -> Any:
-    return torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
+    return torch.zeros_like(t, device="cpu") if isinstance(t, Tensor) else t
 
 
 class Conditioning:
@@ -174,11 +164,8 @@ class Conditioning:
 
     def _sample(self, program: Program, spec: Spec, one: tuple[Any, ...], form: Any) -> list[Tensor]:
         """The arrays of one sample. form: what the shapes of a forward hang on."""
-        known = self._shapes.get(form)
-        shapes: Shapes = known or (dict(self.graph.shapes) if form == self._captured else {})
-        found = self._forward(spec, one, shapes, whole=known is None)
-        if known is None:
-            self._shapes.put(form, shapes)
+        shapes = self._shapes.made(form, lambda: dict(self.graph.shapes) if form == self._captured else {})
+        found = self._forward(spec, one, shapes)
         arrays = {n.index: self._take(n, found[n.point], spec) for n in self._nodes(program)}
         self._check_limits(arrays)
         return list(arrays.values())
@@ -202,12 +189,12 @@ class Conditioning:
     def _nodes(self, program: Program) -> list[CondNode]:
         return [n for n in (self.graph.nodes[k] for k in program.cond) if isinstance(n, CondNode)]
 
-    def _forward(self, spec: Spec, cond: tuple[Any, ...], shapes: Shapes, whole: bool) -> dict[int, Tensor]:
+    def _forward(self, spec: Spec, cond: tuple[Any, ...], shapes: Shapes) -> dict[int, Tensor]:
         path = ModulePath()
         with neutral(), path.watching():
             x = spec.encode(torch.zeros(1, spec.grid[0] * spec.grid[1], spec.channels))
             cond = tuple(plain(c) for c in cond)
-            mode = _Collector(path, self.graph, x, shapes, whole)
+            mode = _Collector(path, self.graph, x, shapes)
             try:
                 with mode:
                     out = first_tensor(self.model(x, *cond))
@@ -216,13 +203,9 @@ class Conditioning:
                     spec.parameters(out)
                     mode.finish()
                     return mode.found
-            except _Done:
-                return mode.found
             except FastgenError:
                 raise
             except FORWARD_ERRORS as error:
-                if mode.missing == 0 and not whole:  # _Done, as TorchScript hands it on
-                    return mode.found
                 raise refused(x, cond, error) from error
         lost = next(p for k, p in enumerate(self.graph.points) if k not in mode.found)
         raise UnsupportedError(

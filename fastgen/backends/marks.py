@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastgen.capture.convolution import CONVOLUTIONS
+from fastgen.capture.linear import LINEAR
+from fastgen.capture.lookup import PICKS
 from fastgen.capture.moves import MOVEMENT, PATCHES
+from fastgen.capture.norms import NORMS
 from fastgen.capture.pointwise import POINTWISE
+
+UNARY = ("sum", "mean", "avg_pool1d", "avg_pool2d")
 
 
 class Marks:
@@ -66,18 +72,59 @@ class Marks:
                 return torch.stack([m.expand(like[0].shape) for m in found]).any(0)
             except RuntimeError:
                 return None
-        if base not in MOVEMENT and base not in PATCHES:
-            return None
         try:
-            operands = 2 if base in PATCHES else 1  # what moves; others say whereto
-            moved: Tensor = func(*tree_map(self._numbers, args[:operands]), *args[operands:], **kwargs)
-            return moved != 0
+            if base in LINEAR or base in CONVOLUTIONS:
+                return self._weighed(func, base, args, kwargs)
+            if base in NORMS:  # what is made of NaN is NaN
+                made = func(*tree_map(self._unknown, args), **kwargs)
+                return next(t for t in tree_leaves(made) if isinstance(t, Tensor)).isnan()
+            if base in MOVEMENT or base in PATCHES or base in PICKS:
+                if (
+                    any(self.of(t) is not None for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
+                    and base in PICKS
+                ):
+                    return None  # a sampled index
+                operands = 2 if base in PATCHES else 1  # what moves; others say whereto
+                moved: Tensor = func(*tree_map(self._numbers, args[:operands]), *args[operands:], **kwargs)
+                return moved != 0
         except Exception:  # not of numbers
-            return None
+            pass
+        return None
+
+    def _weighed(self, func: Any, base: str, args: Any, kwargs: Any) -> Tensor:
+        """The marks of a sum or a product of matrices: of what marked elements are in with a weight that is not zero."""
+        first = (
+            1 if base == "addmm" else 0
+        )  # of the two that are multiplied; what is added to them comes before or after
+        product = [first, first + 1] if base not in UNARY else [0]
+        bare: list[Any] = [None if k not in product and isinstance(a, Tensor) else a for k, a in enumerate(args)]
+        if base == "addmm":
+            bare[0] = args[0].new_zeros(args[0].shape)
+        found: list[Tensor] = []
+        for k in product:
+            if self.of(args[k]) is not None:
+                some = [
+                    self._numbers(a) if j == k else self._not_zero(a) if j in product else a for j, a in enumerate(bare)
+                ]
+                found.append(func(*some, **kwargs) != 0)
+        for k, a in enumerate(args):
+            if k not in product and isinstance(a, Tensor) and (marks := self.of(a)) is not None:
+                wide = [1, -1] + [1] * (args[0].dim() - 2) if base in CONVOLUTIONS else marks.shape
+                found.append(marks.reshape(wide))
+        return torch.stack(torch.broadcast_tensors(*found)).any(0)
 
     def _all(self, t: Tensor) -> bool:
         marks = self.of(t)
         return marks is not None and bool(marks.all())
+
+    def _not_zero(self, t: Tensor) -> Tensor:
+        marks = self.of(t)
+        return (t != 0 if marks is None else (t != 0) | marks).to(torch.float32)
+
+    def _unknown(self, t: Any) -> Any:
+        if not isinstance(t, Tensor) or (marks := self.of(t)) is None:
+            return t
+        return torch.where(marks, torch.nan, t.detach())
 
     def _numbers(self, t: Any) -> Any:
         if not isinstance(t, Tensor):

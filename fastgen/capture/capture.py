@@ -39,16 +39,19 @@ def capture(
     parameters_of: Callable[[Tensor], Tensor],
     limits: Range = None,
     watch: Watch | None = None,
+    plans_conditioning: bool = True,
 ) -> Graph:
     """Runs model(x, *cond) at batch 1 and returns its graph.
 
     The sampled tensor has `channels` (encoded) at each site of `grid`; `laid_out` shapes [1, channels, sites] like x, and
     `parameters_of` turns forward's output (values or ids alike) into [1, H, W, phases, P]. `limits`: between which numbers
-    the sampled tensor's lie. watch: is shown every result of an operation, as it is made. Raises UnsupportedError and
+    the sampled tensor's lie. watch: is shown every result of an operation, as it is made. plans_conditioning: whether a
+    convolution of conditioning along a sequence is planned, or left to a run at call time. Raises UnsupportedError and
     ShapeError; NotCausalError comes later (plan/ready.py).
     """
     path = ModulePath()
     tracer = Tracer(path, grid, limits)
+    tracer.plans_conditioning = plans_conditioning
     with neutral(), path.watching():
         x, *cond_list = (plain(t) for t in (x, *cond))
         cond = tuple(cond_list)

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from fastgen.capture.closed_form import ClosedForm, Lanes
 from fastgen.capture.fit import Irregular
-from fastgen.capture.ids import CONST, sites
+from fastgen.capture.ids import COND, CONST, SITE_MASK, sites
 from fastgen.capture.linear import linear
 from fastgen.capture.operands import Elements, elements, stand_in, terms
 from fastgen.capture.pointwise import emit
 from fastgen.capture.reductions import inner
 from fastgen.capture.relabel import relabel
-from fastgen.capture.shadow import Ids
+from fastgen.capture.shadow import Ids, dense
 from fastgen.capture.tracer import Tracer
 from fastgen.graph.refs import Affine, Pair, Ref, Term
 from fastgen.graph.taps import TapsNode
+
+MOST_COPIES = 16  # of one sample in a batch
 
 
 def _pair(values: Any, one_dim: bool, front: int) -> Pair:
@@ -78,6 +80,8 @@ def convolution(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> I
     one = x.dim() == 3
     if x.dim() not in (3, 4):
         raise Irregular(f"{x.dim() - 2}-D convolution")
+    if x.shape[0] != 1 and _copies(tr, x):
+        return _one_by_one(tr, func, out, args, kwargs)
     if b is not None and not tr.fixed(b):
         plain = stand_in(tr, out, convolution(tr, func, out, (x, w, None, *args[3:]), kwargs))
         return emit(tr, "conv", out.shape, "add", [plain, b.view([1, -1] + [1] * (x.dim() - 2))], ())
@@ -190,6 +194,30 @@ def _given_weight(
     return inner(tr, "conv", seen, weight)
 
 
+def _copies(tr: Tracer, x: Tensor) -> bool:
+    """Whether the batch of x [B, C, ...] holds copies of the same sites (with and without a label), not other sites."""
+    if x.shape[0] > MOST_COPIES:
+        return False
+    ids = tr.ids(x)
+    site = torch.where(ids >= 0, ids & SITE_MASK, -1)
+    both = (site >= 0) & (site[:1] >= 0)
+    return bool(both.flatten(1).any(1).all()) and bool(((site == site[:1]) | ~both).all())
+
+
+def _one_by_one(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
+    """A convolution of each element of a batch of copies; equal ones are computed once."""
+    x = args[0]
+    ids, found = tr.ids(x), []
+    for k in range(x.shape[0]):
+        same = next((m for m in range(k) if torch.equal(ids[m], ids[k]) and torch.equal(x[m], x[k])), None)
+        if same is None or bool((ids[k] == COND).any()):
+            made = convolution(tr, func, out[k : k + 1], (x[k : k + 1], *args[1:]), kwargs)
+            found.append(dense(made, out[:1].shape))
+        else:
+            found.append(found[same])
+    return torch.cat(found)
+
+
 def _folded(
     tr: Tracer, x: Tensor, w: Tensor, b: Tensor | None, geometry: tuple[Pair, Pair, Pair], grid: Pair
 ) -> Tensor:
@@ -220,7 +248,7 @@ def avg_pool(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
 def conv_of_conditioning(tr: Tracer, name: str, out: Tensor, args: Any) -> Ids | None:
     """Sequences: a convolution of conditioning at the data's own rate runs in the plan, where it needs no memory per
     layer; everything else that depends on conditioning alone is torch's. Ids, or None when it is torch's."""
-    if name != "convolution" or args[0].dim() != 3 or args[6] or tr.data_grid[0] != 1:
+    if not tr.plans_conditioning or name != "convolution" or args[0].dim() != 3 or args[6] or tr.data_grid[0] != 1:
         return None
     x, w, out_len = args[0], args[1], out.shape[-1]
     if x.shape[0] != 1 or out_len != tr.data_grid[1] or x.shape[-1] != out_len or tr.depth:

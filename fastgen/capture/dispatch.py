@@ -208,9 +208,7 @@ class Dispatcher(TorchDispatchMode):
 
     def _random(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        reason = (
-            f"aten.{name} is random, so that forward gives other parameters every time (keep fixed numbers in a buffer)"
-        )
+        reason = f"aten.{name} is random, and what is made of it is not planned (keep fixed numbers in a buffer)"
         for t in [*tree_leaves(out), *written_by(func, args, kwargs)]:
             if isinstance(t, Tensor):
                 self.tracer.put(t, self.tracer.opaque(t, name, reason))

@@ -118,7 +118,10 @@ def fit(ids: Tensor, i: Tensor, j: Tensor) -> tuple[list[Lanes], list[int]]:
         key = part >> 32
         keys = key.amax(1)
         if bool((torch.where(dyn, key, _FAR).amin(1) != keys).any()):
-            raise Irregular("what is one channel here comes from another channel or layer at other sites (a reshape?)")
+            raise Irregular(
+                "what is one channel here comes from another channel or layer at other sites (a reshape? a network over all "
+                "values at once is planned as a vector: shape (D,))"
+            )
         which = torch.arange(len(live))
     si, sj = row_of(part), col_of(part)
     columns = [*_axis(si, i, dyn), *_axis(sj, j, dyn)]

@@ -20,9 +20,8 @@ from fastgen.capture.tracer import Tracer
 
 def log_sigmoid(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """-softplus(-x)."""
-    minus, soft = torch.empty(out.shape), torch.empty(out.shape)
-    tr.put(minus, emit(tr, "log_sigmoid", out.shape, "neg", [args[0]], ()))
-    tr.put(soft, emit(tr, "log_sigmoid", out.shape, "softplus", [minus], (1.0, 20.0)))
+    minus = stand_in(tr, -args[0], emit(tr, "log_sigmoid", out.shape, "neg", [args[0]], ()))
+    soft = stand_in(tr, -out, emit(tr, "log_sigmoid", out.shape, "softplus", [minus], (1.0, 20.0)))
     return emit(tr, "log_sigmoid", out.shape, "neg", [soft], ())
 
 
@@ -30,8 +29,8 @@ def glu(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Ids:
     """a * sigmoid(b) for the halves of x along a dimension."""
     dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
     a, b = args[0].chunk(2, dim)
-    gate = torch.empty(out.shape)
-    tr.put(gate, emit(tr, "glu", out.shape, "sigmoid", [b], ()))
+    beside = None if tr.dynamic(b) else elements(tr, a)  # it may be of conditioning alone
+    gate = stand_in(tr, torch.sigmoid(b), emit(tr, "glu", out.shape, "sigmoid", [b], (), like=beside))
     return emit(tr, "glu", out.shape, "mul", [a, gate], ())
 
 
@@ -40,7 +39,7 @@ def batch_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Id
     x, weight, bias, mean, var = args[:5]
     training = bool(args[5]) if "no_training" not in func.overloadpacket.__name__ else False
     if training or mean is None:
-        raise Irregular("batch statistics mix samples and sites")
+        raise Irregular("its statistics are over sites (and samples): a norm of a batch, or of an instance")
     eps = args[-1] if isinstance(args[-1], float) else kwargs.get("eps", 1e-5)
     sides = [1, -1] + [1] * (x.dim() - 2)
     if tr.conditional(weight) or tr.conditional(bias):
@@ -60,21 +59,18 @@ def affine(tr: Tracer, op: str, x: Tensor, weight: Tensor | None, bias: Tensor |
 
 
 def moments(tr: Tracer, x: Tensor, dims: list[int], correction: float) -> tuple[Tensor, Tensor]:
-    """Stand-ins (ids only) for mean and variance over channels, dims kept."""
-    shape = torch.Size(1 if d in dims else n for d, n in enumerate(x.shape))
+    """Stand-ins for mean and variance over channels, dims kept."""
     count = math.prod([x.shape[d] for d in dims])
 
     def mean_of(t: Tensor, scale: float) -> Tensor:
         kept = [d for d in range(x.dim()) if d not in dims]
         e = elements(tr, t).arranged(lambda a: a.permute(dims + kept).reshape(count, -1))
-        result = torch.empty(shape)
-        tr.put(result, linear(tr, "mean", e, torch.full((1, count), scale), None))
-        return result
+        values = t.detach().float().sum(dims, keepdim=True) * scale
+        return stand_in(tr, values, linear(tr, "mean", e, torch.full((1, count), scale), None))
 
     mean = mean_of(x, 1.0 / count)
-    centred, squared = torch.empty(x.shape), torch.empty(x.shape)
-    tr.put(centred, emit(tr, "norm", x.shape, "sub", [x, mean], ()))
-    tr.put(squared, emit(tr, "norm", x.shape, "mul", [centred, centred], ()))
+    centred = stand_in(tr, x - mean, emit(tr, "norm", x.shape, "sub", [x, mean], ()))
+    squared = stand_in(tr, centred * centred, emit(tr, "norm", x.shape, "mul", [centred, centred], ()))
     return mean, mean_of(squared, 1.0 / (count - correction))
 
 
@@ -91,13 +87,13 @@ def layer_norm(tr: Tracer, func: Any, out: Tensor, args: Any, kwargs: Any) -> Id
     x, weight, bias, eps = args[0], args[2], args[3], float(args[4])
     mean, var = moments(tr, x, [x.dim() - k for k in range(len(args[1]), 0, -1)], 0.0)
 
-    def step(fn: str, shape: torch.Size, operands: list[Argument], imm: tuple[float, ...] = ()) -> Tensor:
-        result = torch.empty(shape)
-        tr.put(result, emit(tr, "layer_norm", shape, fn, operands, imm))
-        return result
+    def step(fn: str, values: Tensor, operands: list[Argument], imm: tuple[float, ...] = ()) -> Tensor:
+        return stand_in(tr, values, emit(tr, "layer_norm", values.shape, fn, operands, imm))
 
-    scale = step("rsqrt", var.shape, [step("affine", var.shape, [var], (1.0, eps))])
-    y = step("mul", x.shape, [step("sub", x.shape, [x, mean]), scale])
+    more = step("affine", var + eps, [var], (1.0, eps))
+    scale = step("rsqrt", torch.rsqrt(more), [more])
+    centred = step("sub", x - mean, [x, mean])
+    y = step("mul", centred * scale, [centred, scale])
     if weight is not None or bias is not None:
         return affine(tr, "layer_norm", y, weight, bias, list(args[1]))
     return tr.ids(y)

@@ -75,6 +75,7 @@ def pieces(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> Operand
         groups, constant = fit(e.ids, i, j)
     lanes = _conditioned(e, constant)
     known = {*lanes, *(k for g in joined for k in g.lanes)}
+    groups = [_beside(tr, e, g, i, j, grid) for g in groups]
     out = pieces_of(groups, [k for k in constant if k not in known], e.values, i, j, grid)
     return sorted([*out, *_as_pieces([*_source(tr, e, lanes, i, j, grid), *joined])], key=lambda p: p.lo)
 
@@ -98,20 +99,38 @@ def terms(
 
 
 def _patched(tr: Tracer, e: Elements, i: Tensor, j: Tensor, grid: Pair) -> Elements:
-    """A copy of lanes that are one layer's at some sites and another's elsewhere, in one node. Raises Irregular."""
-    groups, _ = fit_parts(e.ids, i, j)
-    if bool((e.ids == COND).any()) or len((i << 20 | j).unique()) < len(i):
+    """A copy of lanes that are one layer's at some sites and another's elsewhere, in one node; others stay. Raises Irregular."""
+    lanes = (e.ids >= 0).any(1).nonzero()[:, 0].tolist()
+    own = e.lanes(lanes)
+    groups, _ = fit_parts(own.ids, i, j)
+    if bool((own.ids == COND).any()) or len((i << 20 | j).unique()) < len(i):
         raise Irregular("one channel is conditioning and of several layers at different sites")
     taps = []
     for g in groups:
-        weight = torch.zeros(e.ids.shape[0], len(g.lanes))
+        weight = torch.zeros(len(lanes), len(g.lanes))
         weight[g.lanes, torch.arange(len(g.lanes))] = 1.0
         taps.append(Term(g.ref, weight))
-    bias = torch.zeros(e.ids.shape[0], *grid)
-    bias[:, i, j] = torch.where(e.ids == CONST, e.values.float(), torch.zeros(()))
-    node = tr.add(TapsNode, "join", e.ids.shape[0], grid, taps=taps, bias=bias if bool(bias.any()) else None)
-    ids = pack(node.index, torch.arange(e.ids.shape[0])[:, None], i[None], j[None])
-    return Elements(e.tensor, ids, e.values)
+    bias = torch.zeros(len(lanes), *grid)
+    bias[:, i, j] = torch.where(own.ids == CONST, own.values.float(), torch.zeros(()))
+    node = tr.add(TapsNode, "join", len(lanes), grid, taps=taps, bias=bias if bool(bias.any()) else None)
+    ids = e.ids.clone()
+    ids[lanes] = pack(node.index, torch.arange(len(lanes))[:, None], i[None], j[None])
+    return e.with_ids(ids)
+
+
+def _beside(tr: Tracer, e: Elements, g: Lanes, i: Tensor, j: Tensor, grid: Pair) -> Lanes:
+    """The same lanes, where they stand beside constants that are not one number: of a copy that holds those too."""
+    inside = g.ref.at.inside(g.ref.at.rows(i), g.ref.at.cols(j))
+    outside = torch.where(inside, 0.0, e.values[g.lanes].float())
+    if bool(inside.all()) or bool((outside[:, ~inside] == outside[:1, ~inside][:, :1]).all()):
+        return g
+    table, every = torch.zeros(len(g.lanes), *grid), len(g.lanes)
+    table[:, i, j] = outside
+    if not torch.equal(table[:, i, j], outside):
+        raise Irregular("constants of different values stand beside one sampled value at one site")
+    operands = [[Piece(0, every, g.ref)], [Piece(0, every, const=table)]]
+    node = tr.add(MapNode, "join", every, grid, fn="add", operands=operands)
+    return Lanes(g.lanes, Ref(node.index, tuple(range(every)), Affine(hi=grid)))
 
 
 def _as_pieces(groups: list[Lanes]) -> Operand:

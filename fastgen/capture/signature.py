@@ -73,8 +73,8 @@ CONDITIONAL: dict[str, Iterable[int]] = {
 
 
 def empty(t: Any) -> Any:
-    """The shape and the type of a tensor: itself without its numbers, on the meta device. What is no tensor stays."""
-    return torch.empty(t.shape, dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+    """Shape, strides and type of a tensor: itself without its numbers, on the meta device. What is no tensor stays."""
+    return torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t
 
 
 def forms(cond: Iterable[Any]) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:

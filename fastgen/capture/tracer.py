@@ -42,6 +42,7 @@ class Tracer(ShadowMemory):
         self.numbers: dict[Call, tuple[float, ...]] = {}
         self.shapes: dict[Call, Any] = {}
         self.limits: list[Limit] = []
+        self.plans_conditioning = True  # its convolutions along a sequence, which need no memory a layer then
         self.depth = 0  # of decompositions
         self.call: tuple[str, str, int] = ("", "", 0)
         self.call_args: list[Tensor] = []

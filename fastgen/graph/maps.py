@@ -25,6 +25,9 @@ class OperandNode(Node):
     def reads(self) -> list[Read]:
         return [Read(p.ref) for pieces in self.operands for p in pieces if p.ref is not None]
 
+    def constants(self) -> list[Tensor]:
+        return [p.const for pieces in self.operands for p in pieces if p.const is not None]
+
     def whole(self, operand: int, values: Sequence[Tensor]) -> Tensor:
         """All lanes of an operand at the node's sites, float64 [lanes, H, W]."""
         return torch.cat([p.value(values, self.grid) for p in self.operands[operand]])
@@ -158,6 +161,14 @@ class MapNode(OperandNode):
     def bounds(self, known: Mapping[int, Range]) -> Range:
         return range_of_map(self.fn, [self.bounds_of(k, known) for k in range(len(self.operands))], self.imm)
 
+    @property
+    def adds_up(self) -> bool:
+        if not self.reads() or not all(bool((c >= 0).all()) for c in self.constants()):
+            return False
+        if self.fn == "affine":  # one less a share is a share
+            return self.imm[0] >= 0 or self.imm[0] + self.imm[1] >= 0
+        return self.fn in ("copy", "mul", "muladd", "add", "where", "maximum", "minimum", "clamp")
+
     def emit(self, coder: Coder) -> int:
         cuts = sorted({c for pieces in self.operands for p in pieces for c in (p.lo, p.hi)})
         if self.fn == "copy" and len(cuts) == 2:  # the value itself, under another name
@@ -246,6 +257,10 @@ class ReduceNode(OperandNode):
         if found is None or self.fn != "sum":
             return found
         return self._width * found[0], self._width * found[1]
+
+    @property
+    def adds_up(self) -> bool:
+        return True
 
     def emit(self, coder: Coder) -> int:
         source = coder.whole(self.operands[0])

@@ -96,6 +96,16 @@ class Node(ABC):
         """Between which two numbers its values lie; known: the same of the nodes before."""
         return None
 
+    def constants(self) -> list[Tensor]:
+        """What it adds or computes with that is not a weight: [C], or [C, H, W] where it varies over sites."""
+        return []
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether it is made of what it reads, and of constants that are not negative, by sums, positive factors, limits and
+        choices."""
+        return False
+
     @abstractmethod
     def restrict(self, chans: list[int], places: Places) -> Node:
         """The node for some of its channels, references led to units."""
@@ -170,12 +180,16 @@ class Graph:
         """The sources of conditioning that some nodes depend on."""
         return {k for k in self.reached(start) if self.nodes[k].of_call}
 
-    def made_by_map(self, index: int) -> bool:
-        """Whether a node is the result of a function of one value, under whatever names it was passed on."""
-        node = self.nodes[index]
-        while not node.linear and node.name in ("copy", "affine"):
-            reads = node.reads()
-            if len(reads) != 1:
+    def made_of(self, kind: Callable[[Node], bool]) -> bool:
+        """Whether all parameters are made of nodes of a kind alone, by sums, positive factors, limits and choices."""
+        todo, seen = list(self.params), set(self.params)
+        while todo:
+            node = self.nodes[todo.pop()]
+            if kind(node):
+                continue
+            if not node.adds_up:
                 return False
-            node = self.nodes[reads[0].ref.node]
-        return not node.linear and not node.source and node.name not in ("add", "sub", "mul")
+            new = {read.ref.node for read in node.reads()} - seen
+            seen |= new
+            todo += new
+        return True

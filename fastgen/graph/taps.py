@@ -70,6 +70,13 @@ class TapsNode(Node):
         low, high = (min(float(a.min()) for a, _ in sums.values()), max(float(b.max()) for _, b in sums.values()))
         return low + bias[0], high + bias[1]
 
+    def constants(self) -> list[Tensor]:
+        return [] if self.bias is None else [self.bias]
+
+    @property
+    def adds_up(self) -> bool:
+        return bool(self.taps) and all(bool((t.weight >= 0).all()) for t in self.taps)
+
     def restrict(self, chans: list[int], places: Places) -> Node:
         whole = len(chans) == self.channels
         bias = self.bias if whole or self.bias is None else self.bias[chans]

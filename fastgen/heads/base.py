@@ -31,6 +31,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "B(C*n)*": ("Cn", "S"),
     "BnC*": ("n", "C", "S"),
     "BCn*": ("C", "n", "S"),
+    "BC*n": ("C", "S", "n"),
     "B*n": ("S", "n"),
     "B*(n*C)": ("S", "nC"),
     "B*(C*n)": ("S", "Cn"),

@@ -17,7 +17,7 @@ from fastgen.forward import device_of
 from fastgen.graph.node import Graph
 from fastgen.graph.refs import Places
 from fastgen.plan.fuse import fuse
-from fastgen.plan.period import period_of
+from fastgen.plan.period import borders, period_of
 from fastgen.plan.plan import Plan, Schedule
 from fastgen.plan.ready import check_causal, check_supported, ready_times
 from fastgen.plan.receptive import receptive_field
@@ -109,8 +109,20 @@ def _units(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Spec, G
         settled.append(spec.head.layout(out.shape, spec.values_per_site, spec.sites))
         return spec.parameters(out)
 
-    graph = capture(model, x, cond, spec.input_channels, spec.grid, spec.laid_out, parameters_of, spec.input_range)
-    check_supported(graph)
+    def captured(plans_conditioning: bool) -> Graph:
+        graph = capture(
+            model, x, cond, spec.input_channels, spec.grid, spec.laid_out, parameters_of, spec.input_range,
+            plans_conditioning=plans_conditioning,
+        )  # fmt: skip
+        check_supported(graph)
+        return graph
+
+    try:
+        graph = captured(True)
+    except UnsupportedError:  # torch has more operations than the planner, and conditioning may be left to it
+        if not spec.sequence or not any(isinstance(c, Tensor) and c.dim() > 1 for c in cond):
+            raise
+        graph = captured(False)
     graph = merge_sums(graph)
     ready = ready_times(graph, spec.timeline.known)
     check_causal(graph, ready, spec.timeline.table)
@@ -119,8 +131,12 @@ def _units(model: nn.Module, spec: Spec, cond: tuple[Any, ...]) -> tuple[Spec, G
 
 
 def _alike(units: list[Unit]) -> bool:
-    """Whether the sites of a sequence read alike, but for the first and the last quarter, which go with the ends."""
+    """Whether the sites of a sequence read alike, with the same constants, but for the first and the last quarter, which go
+    with the ends."""
     for unit in units:
+        for c in unit.node.constants():
+            if c.dim() == 3 and c.shape[1] == 1 and c.shape[2] >= 8 and borders(c) is None:
+                return False
         for ref in unit.refs():
             width = units[ref.node].grid[1]
             if width >= 8 and (ref.at.lo[1] > width // 4 or ref.at.hi[1] < width - width // 4):

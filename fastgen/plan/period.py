@@ -22,6 +22,17 @@ def period_of(instrs: list[Instr], steps: int, row_len: int) -> tuple[int, dict[
     return None
 
 
+def borders(values: Tensor) -> Pair | None:
+    """Of a constant along a sequence [C, 1, n]: how many sites at either end differ from the middle one, as the effects of a
+    layer's borders do; None where it is more than a quarter of them, so that the constant does not go on like that."""
+    n = values.shape[2]
+    differs = (values != values[:, :, n // 2 : n // 2 + 1]).any(0)[0].nonzero()[:, 0]
+    first, last = differs[differs < n // 2], differs[differs >= n // 2]
+    head = int(first[-1]) + 1 if len(first) else 0
+    tail = n - int(last[0]) if len(last) else 0
+    return None if max(head, tail) > n // 4 else (head, tail)
+
+
 def op_sites(instr: Instr, parity: Pair) -> tuple[Tensor, Tensor]:
     """(times, q) of the live sites of an op."""
     (ui, uj), (pu, pv) = instr.up, parity

@@ -43,9 +43,11 @@ def check_causal(graph: Graph, ready: list[Ready], steps: Tensor) -> None:
             chan = int((r.group == g).nonzero()[0])
             step = int(steps[f, i, j])
             chain, source = _blame(graph, ready, node, chan, i, j)
+            last = int(r.times[g, i, j]) // 2 - 1
+            own = " (of a forward that is fed the sample delayed by one, say predicts='next')" if last == step else ""
             raise NotCausalError(
                 f"the parameters of step {step} (row {i}, column {j}) depend on the value drawn at step "
-                f"{int(r.times[g, i, j]) // 2 - 1}: {' <- '.join(chain)} <- {source}"
+                f"{last}{own}: {' <- '.join(chain)} <- {source}"
             )
 
 

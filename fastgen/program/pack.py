@@ -13,6 +13,7 @@ from fastgen.graph.node import CondSource
 from fastgen.graph.refs import Pair
 from fastgen.graph.times import parity_grid
 from fastgen.plan.fuse import Instr
+from fastgen.plan.period import borders
 from fastgen.plan.plan import Schedule
 from fastgen.program import records as R
 from fastgen.program.items import item_tables
@@ -226,12 +227,9 @@ def _stretch(values: Tensor, cols: int) -> Tensor:
     What differs at the beginning stays there and what differs at the end goes with it, at most a quarter of the
     columns each, as the effects of a layer's borders do. Raises UnsupportedError for all else.
     """
-    n = values.shape[2]
-    differs = (values != values[:, :, n // 2 : n // 2 + 1]).any(0)[0].nonzero()[:, 0]
-    first, last = differs[differs < n // 2], differs[differs >= n // 2]
-    head = int(first[-1]) + 1 if len(first) else 0
-    tail = n - int(last[0]) if len(last) else 0
-    if max(head, tail) > n // 4 or (tail and cols < head + tail):
+    n, ends = values.shape[2], borders(values)
+    if ends is None or (ends[1] and cols < sum(ends)):
         raise UnsupportedError("a constant varies along the sequence, so the plan holds for the compiled length only")
+    head, tail = ends
     fill = values[:, :, n // 2 : n // 2 + 1].expand(-1, -1, max(0, cols - head - tail))
     return torch.cat([values[:, :, : min(head, cols)], fill, values[:, :, n - tail :]], 2)
