@@ -227,10 +227,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("isas", &supported_isas, "Instruction sets this machine runs, slowest first.");
   m.def("cpu_isa", [] { return supported_isas().back(); }, "The best of isas().");
   m.def(
-      "checksum",
-      [](uintptr_t address, int64_t bytes) { return checksum(reinterpret_cast<const uint8_t*>(address), bytes); },
-      py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
-      "64 bits of so many bytes of this process's memory: other values, or the same ones elsewhere, give others.");
+      "checksums",
+      [](const std::vector<std::pair<uintptr_t, int64_t>>& pieces, int threads) {
+        std::vector<Bytes> all;
+        for (const auto& [address, bytes] : pieces) all.push_back({reinterpret_cast<const uint8_t*>(address), bytes});
+        return checksums(all, threads);
+      },
+      py::arg("pieces"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+      "64 bits of each (address, bytes) of this process's memory: other values, or the same ones elsewhere, give others.");
   m.def("functions", &functions, "(name, code, operands) of every function of functions.def.");
   m.def("dtypes", &dtypes, "Structured dtypes of the table records, by name of the C struct.");
   m.def("draw", &draw, py::arg("head"), py::arg("params"), py::arg("uniforms"), py::arg("temperature") = 1.0f,

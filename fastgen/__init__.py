@@ -1,7 +1,7 @@
 """fastgen: exact, fast incremental sampling of trained autoregressive PyTorch modules, as they are."""
 
 from fastgen import heads, models
-from fastgen.api import Sampler, compile, sample
+from fastgen.api import Sampler, compile, forget, sample
 from fastgen.errors import (
     Cancelled,
     CheckpointError,
@@ -20,6 +20,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cancelled", "CheckpointError", "FastgenError", "ModelChangedError", "NotCausalError", "OutputError", "Sampler",
-    "ShapeError", "UnsupportedError", "VerifyError", "VerifyReport", "compile", "from_pretrained", "heads", "models",
+    "ShapeError", "UnsupportedError", "VerifyError", "VerifyReport", "compile", "forget", "from_pretrained", "heads", "models",
     "sample", "save_pretrained",
 ]  # fmt: skip

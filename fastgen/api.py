@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -14,19 +13,17 @@ from fastgen.checks import MOST_THREADS, own_copy, whole_number
 from fastgen.errors import Cancelled, FastgenError, ModelChangedError, ShapeError
 from fastgen.forward import device_of
 from fastgen.heads import HEADS, Head
-from fastgen.kept import Kept
+from fastgen.kept import KeptFor
 from fastgen.placement import placed
 from fastgen.planned import Choice
+from fastgen.progress import Callback
 from fastgen.sampler import Sampler
 from fastgen.spec import Spec
 from fastgen.view import neutral
 
-COMPILE_OPTIONS = (
-    "shape", "head", "layout", "order", "predicts", "start", "device", "dtype", "backend", "threads", "team", "verify",
-)  # fmt: skip
+MODELS, MOST_BYTES = 8, 1 << 31  # that sample() remembers
 
 
-@neutral()
 def compile(
     model: nn.Module,
     shape: tuple[int, ...] | None = None,
@@ -59,6 +56,30 @@ def compile(
     Raises NotCausalError (the module reads the future; names layer and tap), UnsupportedError (names the operation),
     ShapeError, VerifyError (stepping does not reproduce forward), all before a sampler exists.
     """
+    return _compile(
+        model, shape, head, cond, layout, order, predicts, start, device, dtype, backend, threads, team, verify
+    )
+
+
+@neutral()
+def _compile(
+    model: nn.Module,
+    shape: Any,
+    head: Head | None,
+    cond: Any,
+    layout: str | None,
+    order: Tensor | None,
+    predicts: str | None,
+    start: float | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    backend: str,
+    threads: int | None,
+    team: str,
+    verify: bool,
+    weak: bool = False,
+) -> Sampler:
+    """See compile. weak: the sampler does not keep its model alive."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     shape = shape if shape is not None else getattr(model, "sample_shape", None)
@@ -89,40 +110,78 @@ def compile(
     known: dict[str, Any] = {k: getattr(model, k, None) for k in ("layout", "predicts", "start")}
     layout, predicts = layout or known["layout"] or "", predicts or known["predicts"] or "same"
     spec = Spec(tuple(shape), head, layout, predicts, known["start"] if start is None else start, order)
-    return Sampler(model, spec, cond, Choice(backend, dtype, threads, at, team, verify))
+    return Sampler(model, spec, cond, Choice(backend, dtype, threads, at, team, verify), weak)
 
 
-_samplers: Kept[tuple[Any, ...], Sampler] = Kept(8)  # that sample() keeps, and with them their modules
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_samplers.clear)  # their threads stay with the parent
+# What sample() keeps: samplers of the last few models that are alive.
+_samplers: KeptFor[Sampler] = KeptFor(MODELS, MOST_BYTES, lambda sampler: sampler.nbytes)
 
 
-def sample(model: nn.Module, n: int, *, cond: tuple[Any, ...] | None = None, **options: Any) -> Tensor:
-    """n samples of a model in one line; compiles once and remembers, for the last few models.
+def sample(
+    model: nn.Module,
+    n: int,
+    *,
+    cond: tuple[Any, ...] | None = None,
+    shape: tuple[int, ...] | None = None,
+    head: Head | None = None,
+    layout: str | None = None,
+    order: Tensor | None = None,
+    predicts: str | None = None,
+    start: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    threads: int | None = None,
+    team: str = "auto",
+    verify: bool = True,
+    seed: int | torch.Generator = 0,
+    temperature: float = 1.0,
+    given: Tensor | None = None,
+    mask: Tensor | None = None,
+    first: int = 0,
+    length: int | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """n samples of a model in one line: compiles it once, and remembers that while the model lives.
 
-    Options of compile (shape, head, layout, predicts, start, dtype, backend, threads, verify) and of Sampler.sample.
-    Weights that changed since are planned again.
+    Options are those of compile, up to verify, and of Sampler.sample. Weights that changed since are planned again, and proved
+    as before. Several threads that ask for a new model at once wait for one plan. The samplers of the last eight models are
+    kept, as far as they come to 2 GiB; `forget` lets one go.
     """
-    chosen = {k: options.pop(k) for k in COMPILE_OPTIONS if k in options}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if cond is not None:
         cond = tuple(cond) if isinstance(cond, tuple | list) else (cond,)
-    key = (
-        id(model),
-        device_of(model),
-        *((k, _key(v)) for k, v in chosen.items()),
-        cond is None,
-        *map(_kind, cond or ()),
-    )
-    found = _samplers.get(key)  # a sampler holds its module and options, so their ids stay theirs
-    if found is None:
+    chosen: dict[str, Any] = dict(
+        shape=shape, head=head, layout=layout, order=order, predicts=predicts, start=start, device=device, dtype=dtype,
+        backend=backend, threads=threads, team=team, verify=verify,
+    )  # fmt: skip
+    # A sampler holds its options, so that their ids stay theirs.
+    key = (device_of(model), *map(_key, chosen.values()), cond is None, *map(_kind, cond or ()))
+
+    def planned() -> Sampler:
         example = None if cond is None else tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
-        found = compile(model, cond=example, **chosen)
-        _samplers.put(key, found)
+        return _compile(model, cond=example, weak=True, **chosen)
+
+    found = _samplers.made(model, key, planned)
+    asked: dict[str, Any] = dict(
+        seed=seed, cond=cond, temperature=temperature, given=given, mask=mask, first=first, length=length,
+        progress=progress, callback=callback,
+    )  # fmt: skip
     try:
-        return found.sample(n, cond=cond, **options)
+        return found.sample(n, **asked)
     except ModelChangedError:
         found.refresh(changed=True)
-        return found.sample(n, cond=cond, **options)
+        return found.sample(n, **asked)
+
+
+def forget(model: nn.Module | None = None) -> None:
+    """Lets go of what `sample` remembers of a model, or of all."""
+    if model is None:
+        _samplers.clear()
+    else:
+        _samplers.forget(model)
 
 
 def _key(option: Any) -> Any:
@@ -137,4 +196,4 @@ def _kind(c: Any) -> Any:
     return (c.dtype, c.dim()) if isinstance(c, Tensor) else _key(c)
 
 
-__all__ = ["BACKENDS", "Cancelled", "FastgenError", "Sampler", "compile", "sample"]
+__all__ = ["BACKENDS", "Cancelled", "FastgenError", "Sampler", "compile", "forget", "sample"]

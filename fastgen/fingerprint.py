@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import operator
 import types
+import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +25,7 @@ ASIDE = frozenset(
     ["training", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks",
      "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"]
 )  # fmt: skip
-MISSING = object()
+MISSING, EMPTY = object(), object()
 DEEP = 3  # objects inside of objects
 Place = tuple[str, Any]  # the name of a holder of values, and a key in it
 
@@ -53,14 +56,13 @@ class Mark:
     dtype: Any
     total: int
 
-    @staticmethod
-    def of(t: Tensor | numpy.ndarray[Any, Any]) -> Mark:
-        """The mark of a tensor or array as it is now: one read of it."""
-        if isinstance(t, numpy.ndarray):
-            raw = t.tobytes() if t.dtype != object else repr(t).encode()
-            return Mark(t.shape, t.dtype, zlib.crc32(raw))
-        t = t.detach()
-        return Mark(tuple(t.shape), t.dtype, _checksum(t))
+
+def marks(arrays: list[Tensor | numpy.ndarray[Any, Any]]) -> list[Mark]:
+    """The marks of tensors and arrays as they are now: one read of all of them, on several threads."""
+    plain = [(k, t.detach().contiguous()) for k, t in enumerate(arrays) if isinstance(t, Tensor) and _in_memory(t)]
+    pieces = [(t.data_ptr(), t.numel() * t.element_size()) for _, t in plain]
+    totals = dict(zip((k for k, _ in plain), native().checksums(pieces, torch.get_num_threads()), strict=True))
+    return [Mark(tuple(t.shape), t.dtype, totals[k] if k in totals else _total(t)) for k, t in enumerate(arrays)]
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,30 @@ class Holder:
     """Something that holds values by key: a module's or an object's attributes, a list, a dictionary."""
 
     name: str
-    box: Any
+    box: Callable[[], Any]  # of a module by a weak reference: who looks at it keeps it alive
     values: dict[Any, Any]  # as they were
+    arrays: list[Any]  # keys of tensors among them
+
+    @staticmethod
+    def of(name: str, box: Any) -> Holder:
+        """Of a module, container or object as it is now."""
+        values = _values(box)
+        arrays = [key for key, value in values.items() if isinstance(value, Tensor | numpy.ndarray)]
+        return Holder(name, weakref.ref(box) if isinstance(box, nn.Module) else lambda: box, values, arrays)
 
     def now(self) -> dict[Any, Any]:
-        """The values as they are."""
-        return _values(self.box)
+        """The values as they are; none where the module is gone."""
+        box = self.box()
+        return {} if box is None else _values(box)
 
     def path(self, key: Any) -> str:
         """What a person would call a value."""
         hidden = ("_parameters", "_buffers", "_modules")
+        parts = [p for p in f"{self.name}.{key}".split(".") if p and p not in hidden]
+        hook = next((k for k, p in enumerate(parts) if p.startswith("_forward")), None)
+        if hook is not None:
+            return f"a hook of {'.'.join(parts[:hook]) or 'the module'}"
         parts = [p for p in self.name.split(".") if p and p not in hidden]
-        if parts and parts[-1].startswith("_forward"):
-            return f"a hook of {'.'.join(parts[:-1]) or 'the module'}"
         name = ".".join(parts)
         return f"{name}[{key}]" if isinstance(key, int) else ".".join([*parts, *([] if key in hidden else [str(key)])])
 
@@ -91,29 +104,32 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self.holders = list(_holders(model))
-        self.marks: dict[Place, Mark] = {}
-        for h in self.holders:
-            for key, value in h.values.items():
-                if isinstance(value, Tensor | numpy.ndarray):
-                    self.marks[h.name, key] = Mark.of(value)
+        arrays = {(h.name, key): h.values[key] for h in self.holders for key in h.arrays}
+        self.marks: dict[Place, Mark] = dict(zip(arrays, marks(list(arrays.values())), strict=True))
 
     def changed(self, aside: frozenset[Place] | set[Place] = frozenset()) -> Iterator[tuple[Place, str]]:
         """Each place that is not what it was, and its name; places `aside` are not looked at."""
+        arrays: list[tuple[Place, Holder, Any]] = []
         for h in self.holders:
             now = h.now()
-            for key in {**h.values, **now}:
-                place = (h.name, key)
+            same = now.keys() == h.values.keys() and all(map(operator.is_, now.values(), h.values.values()))
+            for key in h.arrays if same else {**h.values, **now}:
+                place, value = (h.name, key), now.get(key, MISSING)
                 if place in aside:
                     continue
-                if self._differs(place, h.values.get(key, MISSING), now.get(key, MISSING)):
+                if isinstance(value, Tensor | numpy.ndarray):
+                    arrays.append((place, h, value))
+                elif _differs(h.values.get(key, MISSING), value):
                     yield place, h.path(key)
+        for (place, h, _), mark in zip(arrays, marks([value for *_, value in arrays]), strict=True):
+            if self.marks.get(place) != mark:
+                yield place, h.path(place[1])
 
-    def _differs(self, place: Place, was: Any, value: Any) -> bool:
-        if isinstance(value, Tensor | numpy.ndarray):
-            return self.marks.get(place) != Mark.of(value)
-        if value is was:
-            return False
-        return not (isinstance(was, SIMPLE) and type(value) is type(was) and value == was)
+
+def _differs(was: Any, value: Any) -> bool:
+    if value is was:
+        return False
+    return not (isinstance(was, SIMPLE) and type(value) is type(was) and value == was)
 
 
 def _holders(root: nn.Module) -> Iterator[Holder]:
@@ -125,7 +141,7 @@ def _holders(root: nn.Module) -> Iterator[Holder]:
         if id(box) in seen:
             continue
         seen.add(id(box))
-        held = Holder(name, box, _values(box))
+        held = Holder.of(name, box)
         yield held
         for key, value in held.values.items():
             child = held.path(key) if isinstance(key, int) else f"{name}.{key}".lstrip(".")
@@ -158,8 +174,12 @@ def _values(box: Any) -> dict[Any, Any]:
         cells = zip(box.__code__.co_freevars, box.__closure__ or (), strict=True)
         return {**{n: content(c) for n, c in cells}, **vars(box), "__defaults__": box.__defaults__}
     own = dict(getattr(box, "__dict__", {}))
-    if isinstance(box, nn.Module):
-        own = {k: v for k, v in own.items() if k not in ASIDE}
+    if isinstance(box, nn.Module):  # most have no hooks, buffers or children: what is empty has no holder of its own
+        own = {
+            k: EMPTY if type(v) in (dict, collections.OrderedDict) and not v else v
+            for k, v in own.items()
+            if k not in ASIDE
+        }
     theirs = type(box).__module__.split(".")[0] not in ("torch", "builtins")
     shared = vars(type(box)) if theirs else {}  # of the class, as far as they are values
     own = {k: v for k, v in own.items() if not k.startswith("_fastgen_")}  # of layers, made from the rest
@@ -169,12 +189,17 @@ def _values(box: Any) -> dict[Any, Any]:
     }  # fmt: skip
 
 
-def _checksum(t: Tensor) -> int:
-    raw = t.contiguous()
-    if raw.device.type == "cpu" and raw.layout == torch.strided and type(raw) in (Tensor, nn.Parameter):
-        return int(native().checksum(raw.data_ptr(), raw.numel() * raw.element_size()))
-    # Of a device: sums of the rows and of the columns of its words, weighed by where they are.
-    words = raw.reshape(-1).view(torch.uint8).long()
+def _in_memory(t: Tensor) -> bool:
+    """Whether it is a plain tensor whose bytes can be read where they lie."""
+    return t.device.type == "cpu" and t.layout == torch.strided and type(t) in (Tensor, nn.Parameter)
+
+
+def _total(t: Tensor | numpy.ndarray[Any, Any]) -> int:
+    """A checksum of what is not: NumPy's arrays, and tensors of a device by sums of the rows and of the columns of their words,
+    weighed by where they are."""
+    if isinstance(t, numpy.ndarray):
+        return zlib.crc32(t.tobytes() if t.dtype != object else repr(t).encode())
+    words = t.detach().contiguous().reshape(-1).view(torch.uint8).long()
     width = max(1, int(words.numel() ** 0.5))
     words = torch.nn.functional.pad(words, (0, -words.numel() % width)).view(-1, width)
     down, across = words.sum(0), words.sum(1)

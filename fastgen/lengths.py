@@ -92,6 +92,14 @@ class Looked:
         self.low = self.high = self.own
         self._own_params: Tensor | None = None  # what forward gives at the length of compile
 
+    def state(self) -> dict[str, Any]:
+        """What was seen."""
+        return {"free": self.free, "low": self.low, "high": self.high}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes what was seen elsewhere, of the same plan."""
+        vars(self).update(state)
+
     def check(self, spec: Spec, cond: tuple[Any, ...], prove: Callable[[], VerifyReport]) -> None:
         """Raises UnsupportedError where forward does something else than the plan at spec's length, or with conditioning (batch
         1) of another length.

@@ -54,9 +54,7 @@ class Planned:
         """example: conditioning, batch 1. Raises NotCausalError, UnsupportedError, ShapeError, VerifyError, FastgenError."""
         self.spec, self.example, self.choice = spec, example, choice
         check_finite(model)
-        self.view, kinds = in_float32(private_view(model))
-        # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
-        self.on_cpu = on_cpu(self.view)
+        kinds = self._look_into(model)
         before = Fingerprint(self.on_cpu)
         self._plan(whole=False)
         if self.plan.schedule.sequence:
@@ -74,9 +72,31 @@ class Planned:
         if choice.proved and not EXECUTORS[choice.backend].oracle:
             self._prove()
 
+    @classmethod
+    def restored(cls, model: nn.Module, state: dict[str, Any]) -> Planned:
+        """As it was when `state` was taken, of a model with the same weights: nothing is planned or proved again."""
+        made = object.__new__(cls)
+        vars(made).update({k: state[k] for k in ("spec", "example", "choice", "plan", "_aside")})
+        made._look_into(model)
+        made._make_executor()
+        made.looked.restore(state["looked"])
+        made._marks = Fingerprint(unwrapped(model))
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """All that it takes to go on elsewhere, but for the model."""
+        kept = {k: getattr(self, k) for k in ("spec", "example", "choice", "plan", "_aside")}
+        return {**kept, "looked": self.looked.state()}
+
+    def _look_into(self, model: nn.Module) -> str:
+        """Makes the private views; what the parameters are, if not float32."""
+        self.view, kinds = in_float32(private_view(model))
+        # Planning, conditioning and proof are the CPU's, in float32: a GPU's own forward rounds to TF32.
+        self.on_cpu = on_cpu(self.view)
+        return kinds
+
     def _plan(self, whole: bool) -> None:
         """Plans, and makes the executor. whole: a sequence for its own length alone."""
-        choice = self.choice
         try:
             self.plan: Plan = build_plan(self.on_cpu, self.spec, self.example, whole)
         except UnsupportedError as error:
@@ -85,6 +105,10 @@ class Planned:
                 raise
             raise NotCausalError(f"{future} (asked of forward itself; {error})") from error
         self.spec = replace(self.spec, head=self.plan.spec.head, layout=self.plan.spec.layout)
+        self._make_executor()
+
+    def _make_executor(self) -> None:
+        choice = self.choice
         self.programs = Programs(self.plan)
         self.conditioning = Conditioning(self.on_cpu, self.plan.spec, self.plan.graph)
         setting = Setting(
@@ -206,8 +230,10 @@ class Planned:
             raise
 
     def _prove_lengths(self) -> None:
-        if self.plan.schedule.sequence and not self._proved_as_planned():  # its sites are not alike
-            self._plan(whole=True)
+        if self.plan.schedule.sequence:
+            if self._proved_as_planned():
+                return
+            self._plan(whole=True)  # its sites are not alike
         report = self.verify(length=self.proof_length(), **UNLIKE)
         if not report.ok:
             raise VerifyError(f"stepping does not reproduce forward ({report}): {self.explain()}")

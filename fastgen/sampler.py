@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastgen.backends.base import CompiledExecutor, Executor
 from fastgen.backends.conditioning import Conditioning
 from fastgen.checks import check_drawn, scored_values, whole_number
+from fastgen.errors import FastgenError
 from fastgen.likelihood import bits_per_dim, log_prob
 from fastgen.plan.plan import Plan
 from fastgen.planned import Choice, Planned
@@ -30,8 +32,12 @@ class Sampler:
     Attributes: plan (what runs per row and per site; print it), spec, receptive_field, backend.
     """
 
-    def __init__(self, model: nn.Module, spec: Spec, cond: tuple[Any, ...], choice: Choice) -> None:
-        self.model, self.example, self._spec, self._choice = model, cond, spec, choice
+    _frozen = False
+
+    def __init__(self, model: nn.Module, spec: Spec, cond: tuple[Any, ...], choice: Choice, weak: bool = False) -> None:
+        """weak: whoever asks keeps the model alive, the sampler does not."""
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model) if weak else lambda: model
+        self.example, self._spec, self._choice = cond, spec, choice
         self._planning = threading.RLock()
         self.planned: Planned
         self.refresh()
@@ -50,6 +56,25 @@ class Sampler:
         other.planned = copy.copy(self.planned)
         other.planned.executor = executor
         return other
+
+    def frozen(self) -> Sampler:
+        """The same sampler for a service that promises not to change its model: nothing is looked at before a call."""
+        other = copy.copy(self)
+        other._frozen = True
+        return other
+
+    @property
+    def model(self) -> nn.Module:
+        """The person's module."""
+        model = self._model()
+        if model is None:
+            raise FastgenError("the model of this sampler is gone")
+        return model
+
+    @property
+    def nbytes(self) -> float:
+        """About what it holds beside the model: constants as captured, as cut to size, and as packed."""
+        return 3.0 * self.programs().weights.nbytes
 
     @property
     def spec(self) -> Spec:
@@ -135,19 +160,25 @@ class Sampler:
                 check_drawn(spec, parts[-1], part.first)
         return spec.result(torch.cat(parts))
 
-    def stream(self, n: int, **options: Any) -> Iterator[Tensor]:
+    def stream(
+        self,
+        n: int,
+        *,
+        seed: int | torch.Generator = 0,
+        cond: tuple[Any, ...] | None = None,
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        mask: Tensor | None = None,
+        first: int = 0,
+        length: int | None = None,
+    ) -> Iterator[Tensor]:
         """Rows (images) or chunks (sequences) of all n samples as they are made; closing the iterator cancels.
 
-        Options are those of sample, except progress and callback. Yields [n, C, rows, W] or [n, C, k], index layouts
+        Options are those of sample. Yields [n, C, rows, W] or [n, C, k], index layouts
         without their C. Joined along the row or time axis they are what sample returns.
         """
-        length = options.get("length")
-        defaults = dict(seed=0, cond=None, temperature=1.0, given=None, mask=None, first=0, length=None)
-        unknown = set(options) - set(defaults)
-        if unknown:
-            raise TypeError(f"stream: unknown option {sorted(unknown)[0]!r}; expected {', '.join(defaults)}")
         planned = self._unchanged()
-        request = planned.request(n, **{**defaults, **options})
+        request = planned.request(n, seed, cond, temperature, given, mask, first, length)
         planned.look_at(request)
         return stream(planned.executor, planned.spec_at(length), request) if request.slots else iter(())
 
@@ -191,7 +222,10 @@ class Sampler:
     def _unchanged(self) -> Planned:
         """What is asked for a call, and kept for it: another thread may plan again meanwhile. Raises ModelChangedError."""
         planned = self.planned
-        planned.check_unchanged()
+        if self._frozen:
+            planned.executor.ready()
+        else:
+            planned.check_unchanged()
         return planned
 
     def __copy__(self) -> Sampler:
@@ -200,10 +234,20 @@ class Sampler:
         return other
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "a Sampler holds threads and native memory of this process, and is neither pickled nor copied; send the module "
-            "and compile it there"
-        )
+        """By its model and its plan, so that nothing is planned or proved again where it goes. Raises ModelChangedError where
+        these are no longer of each other."""
+        planned = self._unchanged()
+        return _restored, (self.model, self._spec, self._choice, planned.state())
+
+
+def _restored(model: nn.Module, spec: Spec, choice: Choice, state: dict[str, Any]) -> Sampler:
+    made = object.__new__(Sampler)
+    made._model = lambda: model
+    made.example, made._spec, made._choice = state["example"], spec, choice
+    made._planning = threading.RLock()
+    with neutral():
+        made.planned = Planned.restored(model, state)
+    return made
 
 
 def _values(planned: Planned, x: Tensor) -> tuple[Spec, Tensor]:

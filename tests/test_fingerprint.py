@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import fastgen
-from fastgen.fingerprint import Fingerprint, Mark, check_finite
+from fastgen.fingerprint import Fingerprint, check_finite, marks
+from fastgen.native import native
 
 
 class Held:
@@ -65,10 +67,10 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_small_changes_are_seen(name: str) -> None:
     model = Box()
-    marks = Fingerprint(model)
-    assert next(marks.changed(), None) is None
+    before = Fingerprint(model)
+    assert next(before.changed(), None) is None
     CHANGES[name](model)
-    assert next(marks.changed(), None) is not None
+    assert next(before.changed(), None) is not None
 
 
 def test_buffers_may_be_infinite_and_parameters_may_not() -> None:
@@ -84,12 +86,38 @@ def test_buffers_may_be_infinite_and_parameters_may_not() -> None:
 def test_the_last_bytes_of_any_size():
     for n in (1, 5, 17, 64, 100):
         t = torch.zeros(n, dtype=torch.uint8)
-        a = Mark.of(t)
+        a = marks([t])[0]
         t[-1] = 1
-        assert Mark.of(t) != a, n
+        assert marks([t])[0] != a, n
 
 
 def test_rows_that_change_places():
     t = torch.arange(64.0)
-    a = Mark.of(t)
-    assert Mark.of(t.view(4, 16).flip(0).reshape(-1)) != a
+    a = marks([t])[0]
+    assert marks([t.view(4, 16).flip(0).reshape(-1)])[0] != a
+
+
+def test_many_pieces_on_several_threads_are_those_of_each() -> None:
+    """Sizes around a thread's worth, empty ones and bytes that are no whole words among them."""
+    g = torch.Generator().manual_seed(0)
+    pieces = [
+        torch.randint(0, 255, (n,), generator=g, dtype=torch.uint8) for n in (0, 1, 63, 64, 65, 5 << 20, 4 << 20, 7)
+    ]
+    alone = [native().checksums([(t.data_ptr(), t.numel())], 1)[0] for t in pieces]
+    for threads in (1, 2, 5, 64):
+        assert native().checksums([(t.data_ptr(), t.numel()) for t in pieces], threads) == alone
+    assert len(set(alone)) == len(alone) and native().checksums([], 3) == []
+
+
+def test_a_dictionary_that_was_empty() -> None:
+    """A hook, a buffer and a child where there were none."""
+    for change, name in (
+        (lambda m: m[0].register_forward_hook(lambda *_: None), "a hook of 0"),
+        (lambda m: m[0].register_buffer("more", torch.ones(1)), "0.more|0"),
+        (lambda m: m[0].add_module("child", nn.Linear(1, 1)), "0.child|0"),
+    ):
+        model = nn.Sequential(nn.Linear(2, 2))
+        print_ = Fingerprint(model)
+        assert not list(print_.changed())
+        change(model)  # type: ignore[no-untyped-call]
+        assert any(re.match(name, found) for _, found in print_.changed()), name

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgen.backends.base import CompiledExecutor, Setting
 from fastgen.backends.conditioning import Conditioning
 from fastgen.backends.request import Request
-from fastgen.errors import Cancelled, FastgenError
+from fastgen.errors import Cancelled
 from fastgen.kept import Kept
 from fastgen.native import native
 from fastgen.program.programs import Programs
@@ -58,11 +58,10 @@ class CpuExecutor(CompiledExecutor):
         return self._engines.made(length, made)
 
     def ready(self) -> None:
-        """See Executor."""
+        """See Executor. In a forked child, where the threads of the parent are not, engines are made again."""
         if os.getpid() != self._process:
-            raise FastgenError(
-                "this sampler belongs to the parent process: its threads do not survive a fork; compile again in the child"
-            )
+            self._engines.clear()
+            self._process = os.getpid()
 
     def slots(self, length: int | None) -> int:
         """As many samples at once as keep the activations in flight within bounds."""
