@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +37,18 @@ VERIFY_SITES = 4096  # longer sequences are verified on their first so many site
 UNLIKE: dict[str, Any] = {"seed": (1 << 40) + 1, "first": (1 << 33) + 5, "temperature": 0.8}
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's garbage collector, which would look again and again at many small objects that are not garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was chosen at compile, beside the module and its samples. proved: whether a plan is proved before it is used."""
@@ -50,6 +64,7 @@ class Choice:
 class Planned:
     """Made anew where weights change; nothing in it is changed after it was made, so that threads may hold on to it."""
 
+    @no_collection()
     def __init__(self, model: nn.Module, spec: Spec, example: tuple[Any, ...], choice: Choice) -> None:
         """example: conditioning, batch 1. Raises NotCausalError, UnsupportedError, ShapeError, VerifyError, FastgenError."""
         self.spec, self.example, self.choice = spec, example, choice
