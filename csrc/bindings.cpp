@@ -234,7 +234,8 @@ PYBIND11_MODULE(_native, m) {
         return checksums(all, threads);
       },
       py::arg("pieces"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-      "64 bits of each (address, bytes) of this process's memory: other values, or the same ones elsewhere, give others.");
+      "64 bits of each (address, bytes) of this process's memory: other values, or the same ones elsewhere, give "
+      "others.");
   m.def("functions", &functions, "(name, code, operands) of every function of functions.def.");
   m.def("dtypes", &dtypes, "Structured dtypes of the table records, by name of the C struct.");
   m.def("draw", &draw, py::arg("head"), py::arg("params"), py::arg("uniforms"), py::arg("temperature") = 1.0f,
