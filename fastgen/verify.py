@@ -177,7 +177,7 @@ def _verify(
     single = true if alone is None or len(true) == 1 else alone(values[:1].nan_to_num(0.0))
     if noise is None:
         most = LOW_ROUNDING if alone is None else MOST_ROUNDING
-        noise = _rounding(spec, single, fine, values.nan_to_num(0.0), most)
+        noise = _rounding(spec, true, single, fine, values.nan_to_num(0.0), most)
     if _relative(true[: len(single)], single) > max(TOLERANCE, ROUNDINGS * noise[0]):
         again = repeats(lambda: truth(values.nan_to_num(0.0)))
         raise UnsupportedError(MIXES if again else RANDOM)
@@ -208,18 +208,21 @@ def _relative(params: Tensor, true: Tensor) -> float:
     return float(off.nan_to_num(float("inf")).max())
 
 
-def _rounding(spec: Spec, true: Tensor, precise: Truth | None, values: Tensor, most: float) -> Noise:
+def _rounding(
+    spec: Spec, true: Tensor, single: Tensor, precise: Truth | None, values: Tensor, most: float
+) -> Noise:  # fmt: skip
     """Forward's own rounding: the largest relative one of a parameter, and the largest of a step's distribution; at least
-    what two units in the last place of every parameter come to."""
+    what two units in the last place of every parameter come to. single: the parameters of the first sample alone, which are
+    compared with precise ones."""
     nudged = _nudged_parameters(true)
     least = _relative(true, nudged), float(spec.head.distance(nudged, true).max())
     if precise is None:
         return least
     fine = precise(values)
-    if fine.shape[-1] != true.shape[-1]:
+    if fine.shape[-1] != single.shape[-1]:
         return least
-    true = true[: fine.shape[0], : fine.shape[1]]
-    found = _relative(true, fine), float(spec.head.distance(fine, true).max())
+    single = single[: fine.shape[0], : fine.shape[1]]
+    found = _relative(single, fine), float(spec.head.distance(fine, single).max())
     if not found[0] < most:  # that is something else
         return least
     return max(least[0], found[0]), max(least[1], found[1])

@@ -305,3 +305,22 @@ def test_parameters_that_are_no_distribution(bad: float, backend: str) -> None:
         sampler.sample(8)
     with pytest.raises(fastgen.FastgenError, match=r"sample \d+: the parameters of step \d+ .* are no distribution"):
         list(sampler.stream(8))
+
+
+def test_rounding_is_measured_of_every_sample() -> None:
+    """The example's conditioning gives a sharp distribution, the other one that a proof is made with a wide one."""
+
+    class Sharp(Delayed):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.scales = torch.tensor([0.0, -12.0, 0.0, 0.0])
+
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            mean = 5 + super().forward(x)
+            return torch.cat([mean, self.scales[label][:, None, None].expand_as(mean)], 1)
+
+    head = GaussianMixture(1, log_scale_floor=-14)
+    sampler = sampler_of(Sharp(), head, cond=(torch.tensor([1]),), verify=True)
+    report = sampler.verify()
+    assert report.ok and report.rounding < 1e-6
+    assert not planted(sampler, lambda p: torch.tensor([1e-4, 0.0])).ok
