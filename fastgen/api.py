@@ -24,6 +24,7 @@ from fastgen.view import neutral
 MODELS, MOST_BYTES = 8, 1 << 31  # that sample() remembers
 
 
+@neutral()
 def compile(
     model: nn.Module,
     shape: tuple[int, ...] | None = None,
@@ -56,30 +57,6 @@ def compile(
     Raises NotCausalError (the module reads the future; names layer and tap), UnsupportedError (names the operation),
     ShapeError, VerifyError (stepping does not reproduce forward), all before a sampler exists.
     """
-    return _compile(
-        model, shape, head, cond, layout, order, predicts, start, device, dtype, backend, threads, team, verify
-    )
-
-
-@neutral()
-def _compile(
-    model: nn.Module,
-    shape: Any,
-    head: Head | None,
-    cond: Any,
-    layout: str | None,
-    order: Tensor | None,
-    predicts: str | None,
-    start: float | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype,
-    backend: str,
-    threads: int | None,
-    team: str,
-    verify: bool,
-    weak: bool = False,
-) -> Sampler:
-    """See compile. weak: the sampler does not keep its model alive."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     shape = shape if shape is not None else getattr(model, "sample_shape", None)
@@ -110,7 +87,7 @@ def _compile(
     known: dict[str, Any] = {k: getattr(model, k, None) for k in ("layout", "predicts", "start")}
     layout, predicts = layout or known["layout"] or "", predicts or known["predicts"] or "same"
     spec = Spec(tuple(shape), head, layout, predicts, known["start"] if start is None else start, order)
-    return Sampler(model, spec, cond, Choice(backend, dtype, threads, at, team, verify), weak)
+    return Sampler(model, spec, cond, Choice(backend, dtype, threads, at, team, verify))
 
 
 # What sample() keeps: samplers of the last few models that are alive.
@@ -162,7 +139,9 @@ def sample(
 
     def planned() -> Sampler:
         example = None if cond is None else tuple(c[:1] if isinstance(c, Tensor) and c.dim() else c for c in cond)
-        return _compile(model, cond=example, weak=True, **chosen)
+        made = compile(model, cond=example, **chosen)
+        made.let_go()
+        return made
 
     found = _samplers.made(model, key, planned)
     asked: dict[str, Any] = dict(

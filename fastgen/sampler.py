@@ -34,9 +34,8 @@ class Sampler:
 
     _frozen = False
 
-    def __init__(self, model: nn.Module, spec: Spec, cond: tuple[Any, ...], choice: Choice, weak: bool = False) -> None:
-        """weak: whoever asks keeps the model alive, the sampler does not."""
-        self._model: Callable[[], nn.Module | None] = weakref.ref(model) if weak else lambda: model
+    def __init__(self, model: nn.Module, spec: Spec, cond: tuple[Any, ...], choice: Choice) -> None:
+        self._model: Callable[[], nn.Module | None] = lambda: model
         self.example, self._spec, self._choice = cond, spec, choice
         self._planning = threading.RLock()
         self.planned: Planned
@@ -62,6 +61,10 @@ class Sampler:
         other = copy.copy(self)
         other._frozen = True
         return other
+
+    def let_go(self) -> None:
+        """Does not keep its model alive from here on: whoever asks does."""
+        self._model = weakref.ref(self.model)
 
     @property
     def model(self) -> nn.Module:

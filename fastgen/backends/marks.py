@@ -79,10 +79,8 @@ class Marks:
                 made = func(*tree_map(self._unknown, args), **kwargs)
                 return next(t for t in tree_leaves(made) if isinstance(t, Tensor)).isnan()
             if base in MOVEMENT or base in PATCHES or base in PICKS:
-                if (
-                    any(self.of(t) is not None for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
-                    and base in PICKS
-                ):
+                rest = [t for t in tree_leaves(args[1:]) if isinstance(t, Tensor)]
+                if base in PICKS and any(self.of(t) is not None for t in rest):
                     return None  # a sampled index
                 operands = 2 if base in PATCHES else 1  # what moves; others say whereto
                 moved: Tensor = func(*tree_map(self._numbers, args[:operands]), *args[operands:], **kwargs)
@@ -93,10 +91,8 @@ class Marks:
 
     def _weighed(self, func: Any, base: str, args: Any, kwargs: Any) -> Tensor:
         """The marks of a sum or a product of matrices: of what marked elements are in with a weight that is not zero."""
-        first = (
-            1 if base == "addmm" else 0
-        )  # of the two that are multiplied; what is added to them comes before or after
-        product = [first, first + 1] if base not in UNARY else [0]
+        # Which arguments are multiplied; what is added to them comes before or after.
+        product = [0] if base in UNARY else [1, 2] if base == "addmm" else [0, 1]
         bare: list[Any] = [None if k not in product and isinstance(a, Tensor) else a for k, a in enumerate(args)]
         if base == "addmm":
             bare[0] = args[0].new_zeros(args[0].shape)
